@@ -1,0 +1,84 @@
+"""Images and their keys out of whatever users have: a tensor, a Dataset, a DataLoader, any iterable of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x")
+KEY_KEYS = ("key", "path", "file_name", "filename", "id")
+
+
+def _images_of(batch: Any, name: str) -> Tensor:
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in IMAGE_KEYS if key in batch), None)
+        if found is None:
+            raise TypeError(f"{name}: got a dict with keys {sorted(map(str, batch))}, takes one with {', '.join(map(repr, IMAGE_KEYS))}")
+    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch):
+        found = batch[0]
+    else:
+        found = batch
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"{name}: got batches of {type(found).__name__}, takes image tensors, (image, label, ...) tuples or dicts with 'image'"
+        )
+    return found
+
+
+def _keys_of(batch: Any, n: int, row: int) -> list[Any]:
+    keys = None
+    if isinstance(batch, Mapping):
+        keys = next((batch[key] for key in KEY_KEYS if key in batch), None)
+    elif isinstance(batch, Sequence) and not isinstance(batch, Tensor) and len(batch) > 2:
+        keys = batch[2]
+    if keys is None:
+        return list(range(row, row + n))
+    keys = keys.tolist() if isinstance(keys, Tensor) else list(keys) if not isinstance(keys, str) else [keys]
+    if len(keys) != n:
+        raise ValueError(f"keys: got {len(keys)} for a batch of {n} images, takes one an image")
+    return keys
+
+
+def check_images(x: Tensor, name: str) -> None:
+    """Raises TypeError or ValueError unless `x` is a batch of floating-point images (N, ...)."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{name}: got {x.dtype} images, takes floating-point ones in the range the model was trained on; "
+            f"for pixels 0..255 and a model that takes [0, 1] that is images.float() / 255"
+        )
+    if x.dim() < 2 or x.dim() == 3:
+        cure = "; for a single image use .unsqueeze(0)" if x.dim() == 3 else ""
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes a batch of images (N, C, H, W){cure}")
+
+
+def batches(data: Any, name: str, batch_size: int, first_row: int = 0) -> Iterator[tuple[Tensor, list[Any]]]:
+    """Yields (images (N, ...), keys) in the data's order.
+
+    A tensor or Dataset is cut into batches of `batch_size`, a DataLoader or other iterable keeps its own. Keys: third element of a batch,
+    or "key", "path", ... in a dict, else row numbers from `first_row`. Empty batches are passed over.
+    """
+    if isinstance(data, Tensor):
+        check_images(data, name)
+        source: Any = data.split(batch_size) if len(data) else ()
+    elif isinstance(data, DataLoader):
+        source = data
+    elif isinstance(data, IterableDataset):
+        source = DataLoader(data, batch_size=batch_size)
+    elif isinstance(data, Dataset):
+        # An empty one has no sampler to make a loader of.
+        source = DataLoader(data, batch_size=batch_size) if len(data) else ()  # type: ignore[arg-type]
+    elif isinstance(data, str | bytes | Mapping) or not hasattr(data, "__iter__"):
+        raise TypeError(f"{name}: got {type(data).__name__}, takes a tensor (N, C, H, W), a Dataset, or a DataLoader")
+    else:
+        source = data
+    row = first_row
+    for batch in source:
+        x = _images_of(batch, name)
+        check_images(x, name)
+        keys = _keys_of(batch, len(x), row)
+        row += len(x)
+        if len(x):
+            yield x, keys

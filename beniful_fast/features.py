@@ -1,0 +1,401 @@
+"""FeatureTap: middle features of any nn.Module by module name, taken in the same forward pass that yields the predictions."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NAME = re.compile(r"^(?P<module>.*?)(?:#(?P<call>[1-9]\d*))?(?P<input>:input)?$")
+_LOGITS = ("logits", "logit", "scores", "output", "out", "pred", "prediction")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where to tap: a module's output, or its input, at one of its calls (None: the last)."""
+
+    module: str
+    input: bool = False
+    call: int | None = None
+
+    def __str__(self) -> str:
+        return self.module + (f"#{self.call}" if self.call else "") + (":input" if self.input else "")
+
+
+@dataclass
+class Tapped:
+    """One forward pass: `features` {layer name: (N, C) float32}, `logits` (N, K), `output` as the model returned it."""
+
+    features: dict[str, Tensor]
+    logits: Tensor
+    output: Any
+
+    @property
+    def joined(self) -> Tensor:
+        """(N, sum of C): the features of all layers side by side."""
+        parts = list(self.features.values())
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain module inside torch.compile's and (Distributed)DataParallel's wrappers, on whose submodules hooks work.
+
+    Raises:
+        TypeError: no nn.Module, or a ScriptModule, whose submodules take no hooks.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+    while True:
+        if hasattr(model, "_orig_mod") and isinstance(model._orig_mod, nn.Module):
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            break
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model: got a ScriptModule (TorchScript), whose submodules take no hooks; give the nn.Module it was made from")
+    return model
+
+
+def find_logits(output: Any, n: int) -> Tensor:
+    """The logits (N, K) in what a model returned: a tensor, a dict, a dataclass-like object with `.logits`, or a tuple.
+
+    (N, K, 1, 1) counts as (N, K), and (N,) as the single logit of a binary classifier. In a dict the key "logits" wins, else the only
+    floating (N, K) tensor; in a tuple or list the first.
+
+    Raises:
+        TypeError: there are none.
+    """
+
+    def usable(value: Any) -> Tensor | None:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0 or value.shape[0] != n:
+            return None
+        if value.dim() == 1:
+            return value[:, None]
+        flat = value.flatten(1)
+        return flat if flat.shape[1] == value.shape[1] and flat.shape[1] else None
+
+    def fail(what: str) -> TypeError:
+        takes = "a tensor (N, classes), a dict or an object with `logits`, or a tuple that holds them"
+        return TypeError(
+            f"model: returned {what}, in which no logits (N, classes) for {n} images are found; takes a model that returns {takes}"
+        )
+
+    if isinstance(output, Tensor):
+        found = usable(output)
+        if found is None:
+            raise fail(f"a {output.dtype} tensor of shape {tuple(output.shape)}")
+        return found
+    if isinstance(output, Mapping):
+        for key in _LOGITS:
+            if key in output and (found := usable(output[key])) is not None:
+                return found
+        many = [found for value in output.values() if (found := usable(value)) is not None]
+        if len(many) == 1:
+            return many[0]
+        raise fail(f"a {type(output).__name__} with keys {sorted(map(str, output))}")
+    if (found := usable(getattr(output, "logits", None))) is not None:
+        return found
+    if isinstance(output, Sequence):
+        # A loss comes before the logits in some tuples; it has no rows.
+        for value in output:
+            if (found := usable(value)) is not None:
+                return found
+    raise fail(f"a {type(output).__name__}")
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """(N,) int64 classes of logits (N, K); a single logit means class 1 above 0."""
+    return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+
+
+def channel_last(module: nn.Module, value: Tensor, is_input: bool) -> bool:
+    """Whether the channels are the last dimension of a map.
+
+    By the module where it is known: Linear, LayerNorm and RMSNorm work on the last dimension, convolutions, batch and group norm on
+    dimension 1. Else by shape: 3-D is tokens (N, T, C); 4-D is (N, H, W, C) only if the map is square that way and not the other way.
+    """
+    if type(module) in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding) or (isinstance(module, nn.Linear) and is_input):
+        return True
+    known = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+    if isinstance(module, known):
+        return False
+    if value.dim() == 3:
+        return True
+    return value.dim() == 4 and value.shape[1] == value.shape[2] != value.shape[3]
+
+
+def pool(value: Tensor, last: bool) -> Tensor:
+    """(N, ...) to (N, C) float32 means, always in memory of their own; sums in float32."""
+    value = value.detach()
+    if value.dim() == 2:
+        # A copy in any case: what follows may write in place.
+        return value.to(torch.float32, copy=True)
+    dims = list(range(1, value.dim() - 1)) if last else list(range(2, value.dim()))
+    return value.mean(dims, dtype=torch.float32)
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return next((found for part in value if (found := _first_tensor(part)) is not None), None)
+    return None
+
+
+def near(name: str, names: Sequence[str]) -> str:
+    """The near matches of a misspelt layer name, for an error message."""
+    close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    close += [n for n in names if n not in close and name and (name in n or n.rsplit(".", 1)[-1] == name)][: 5 - len(close)]
+    return (
+        f"near matches: {', '.join(map(repr, close))}"
+        if close
+        else f"the model's modules: {', '.join(map(repr, names[:12]))}" + (" ..." if len(names) > 12 else "")
+    )
+
+
+class FeatureTap:
+    """Takes middle features of a model while it predicts; the model is left bit-identical, with no hook on it.
+
+    >>> tap = FeatureTap(model, "layer4")
+    >>> out = tap(images)          # out.features["layer4"] (N, C), out.logits (N, K)
+
+    A layer is a module's name in `model.named_modules()`, and means that module's output. "name:input" is its input. A module that runs
+    more than once in a forward pass is tapped at its last call; "name#2" names the second. `layer=None` is the input of the last Linear
+    or 1x1 convolution called in forward, found by one probing pass. `layers` holds the names taken, `notes` what was decided.
+
+    Maps (N, C, H, W) are averaged over all but sample and channel inside the hook, so an in-place ReLU behind it cannot change them;
+    tokens (N, T, C) and maps with channels last (N, H, W, C) as well, see `channel_last`. (N, C) is cloned. Sums are in float32.
+
+    The model runs in eval mode without gradients; afterwards the mode of each submodule, the buffers and the grad mode are as before.
+    torch.compile and DataParallel wrappers are taken off: features come from the plain module inside.
+
+    Args:
+        model: any nn.Module that takes a batch of images as its first argument.
+        layer: None, a name, or several names.
+
+    Raises:
+        ValueError: an unknown name; the error lists near matches.
+        TypeError: no nn.Module, or TorchScript, whose submodules take no hooks.
+    """
+
+    def __init__(self, model: nn.Module, layer: str | Sequence[str] | None = None) -> None:
+        self.model = unwrap(model)
+        self.notes: list[str] = []
+        self._modules = dict(self.model.named_modules(remove_duplicate=False))
+        self._layers: list[Layer] = []
+        self._resolved = False
+        names = [] if layer is None else [layer] if isinstance(layer, str) else list(layer)
+        if layer is not None and not names:
+            raise ValueError("layer: got no names, takes None, a module's name, or several")
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"layer: got {type(name).__name__}, takes module names (str)")
+            parsed = self._parse(name)
+            if parsed not in self._layers:
+                self._layers.append(parsed)
+
+    def _parse(self, name: str) -> Layer:
+        match = _NAME.match(name)
+        assert match is not None  # the pattern takes any text
+        # The model itself is named_modules()' empty name; as a layer it would be the logits.
+        if name not in self._modules and match["module"] in self._modules and match["module"]:
+            found = Layer(match["module"], bool(match["input"]), int(match["call"]) if match["call"] else None)
+        elif name and name in self._modules:
+            found = Layer(name)
+        else:
+            known = [n for n in self._modules if n]
+            raise ValueError(f"layer: {name!r} is no module of {type(self.model).__name__}; {near(match['module'], known)}")
+        if isinstance(self._modules[found.module], torch.jit.ScriptModule):
+            raise TypeError(f"layer: {name!r} is a ScriptModule, which takes no hooks")
+        return found
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the tapped layers; empty until a default tap has been resolved by a first pass."""
+        return tuple(map(str, self._layers))
+
+    def module(self, layer: str) -> nn.Module:
+        """The module that a layer name names."""
+        return self._modules[self._parse(layer).module]
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Eval mode, no gradients, no compiled calls; everything as before afterwards, whatever happens."""
+        modules = list(self.model.modules())
+        modes = [module.training for module in modules]
+        buffers = [
+            (m, name, b, b._version if not b.is_inference() else -1, b.clone())
+            for m in modules
+            for name, b in m._buffers.items()
+            if b is not None
+        ]
+        # Dynamo may skip its guards on hooks, so a compiled submodule would never call ours.
+        compiled = [(m, call) for m in modules if (call := m.__dict__.get("_compiled_call_impl")) is not None]
+        try:
+            for module, _ in compiled:
+                module._compiled_call_impl = None
+            if any(modes):
+                self.model.eval()
+                for module in modules:
+                    module.training = False
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
+            for module, call in compiled:
+                module._compiled_call_impl = call
+            with torch.no_grad():
+                for module, name, buffer, version, copy in buffers:
+                    module._buffers[name] = buffer
+                    if version < 0 or buffer._version != version:
+                        buffer.copy_(copy)
+
+    def resolve(self, x: Tensor) -> tuple[str, ...]:
+        """Finds the default layer and modules that run more than once by one probing pass over a few images (N, ...).
+
+        Raises:
+            ValueError: no Linear or 1x1 convolution was called, or a named layer or call never ran.
+        """
+        heads: list[tuple[str, int]] = []
+        calls: dict[str, int] = {}
+        first_names: dict[nn.Module, str] = {}
+        for name, module in self._modules.items():
+            first_names.setdefault(module, name)
+
+        def count(module: nn.Module, args: Any) -> None:
+            name = first_names[module]
+            calls[name] = calls.get(name, 0) + 1
+            pointwise = isinstance(module, nn.Conv2d) and all(k == 1 for k in module.kernel_size) and module.groups == 1
+            if isinstance(module, nn.Linear) or pointwise:
+                heads.append((name, calls[name]))
+
+        handles = [module.register_forward_pre_hook(count) for module in first_names if not isinstance(module, torch.jit.ScriptModule)]
+        try:
+            with self.quiet():
+                find_logits(self.model(x), len(x))
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not self._layers:
+            if not heads:
+                names = [n for n in self._modules if n]
+                raise ValueError(
+                    f"layer: {type(self.model).__name__} calls no Linear or 1x1 convolution, so name one of its modules; {near('', names)}"
+                )
+            self._layers = [Layer(heads[-1][0], input=True)]
+            self.notes.append(f"default tap: the input of {heads[-1][0]!r}, the last Linear or 1x1 convolution called")
+        for i, layer in enumerate(self._layers):
+            ran = calls.get(first_names[self._modules[layer.module]], 0)
+            if ran == 0:
+                raise ValueError(f"layer: {str(layer)!r} did not run in the forward pass; {near(layer.module, list(calls)[1:])}")
+            if layer.call and layer.call > ran:
+                raise ValueError(
+                    f"layer: {str(layer)!r} asks for call {layer.call}, but {layer.module!r} runs {ran} time(s) in a forward pass"
+                )
+            if layer.call is None and ran > 1:
+                self._layers[i] = Layer(layer.module, layer.input, ran)
+                self.notes.append(f"{layer.module!r} runs {ran} times in a forward pass: its last call is tapped, {str(self._layers[i])!r}")
+        self._resolved = True
+        return self.layers
+
+    @contextmanager
+    def hooked(self, found: dict[str, Tensor], n: int) -> Iterator[None]:
+        """Within it each forward pass over `n` images writes the layers' pooled features into `found`."""
+        handles = []
+        try:
+            for layer in self._layers:
+                module = self._modules[layer.module]
+                handles.append(self._hook(layer, module, found, n))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: Layer, module: nn.Module, found: dict[str, Tensor], n: int) -> Any:
+        name, calls = str(layer), 0
+
+        def take(value: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if layer.call is not None and calls != layer.call:
+                return
+            tensor = _first_tensor(value)
+            if tensor is None or tensor.dim() < 2 or tensor.shape[0] != n or not tensor.is_floating_point():
+                got = type(value).__name__ if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+                raise ValueError(f"layer: {name!r} gives {got}, takes floating-point features whose first dimension is the batch of {n}")
+            found[name] = pool(tensor, channel_last(module, tensor, layer.input))
+
+        if layer.input:
+            return module.register_forward_pre_hook(lambda _, args, kwargs: take(args if args else kwargs), with_kwargs=True)
+        return module.register_forward_hook(lambda _, args, output: take(output))
+
+    def run(self, x: Tensor) -> Tapped:
+        """One forward pass inside `quiet()`; for many batches, which then restore the model once."""
+        found: dict[str, Tensor] = {}
+        with self.hooked(found, len(x)):
+            output = self.model(x)
+        missing = [name for name in self.layers if name not in found]
+        if missing:
+            raise ValueError(f"layer: {missing[0]!r} did not run in the forward pass")
+        return Tapped({name: found[name] for name in self.layers}, find_logits(output, len(x)), output)
+
+    def __call__(self, x: Tensor) -> Tapped:
+        """One forward pass over a batch (N, ...).
+
+        Returns:
+            `Tapped`: features {layer: (N, C) float32}, logits (N, K), and the model's own output.
+        """
+        if not self._resolved:
+            self.resolve(x[:2])
+        with self.quiet():
+            return self.run(x)
+
+    @contextmanager
+    def shifted(self, shifts: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within it each layer's map is moved by its shift (N, C), so that its pooled value moves by just that."""
+        handles = []
+        try:
+            for layer in self._layers:
+                handles.append(self._shift_hook(layer, self._modules[layer.module], shifts[str(layer)]))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _shift_hook(self, layer: Layer, module: nn.Module, shift: Tensor) -> Any:
+        calls = 0
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                if value.dim() > 2:
+                    last = channel_last(module, value, layer.input)
+                    view = [len(shift), *[1] * (value.dim() - 2), -1] if last else [len(shift), -1, *[1] * (value.dim() - 2)]
+                    return value + shift.view(view).to(value.dtype)
+                return value + shift.to(value.dtype)
+            if isinstance(value, tuple) and value:
+                return (move(value[0]), *value[1:])
+            raise TypeError(
+                f"layer: {str(layer)!r} gives {type(value).__name__}, which can't be shifted for consistency; use consistency=False"
+            )
+
+        def hook(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if layer.call is not None and calls != layer.call:
+                return None
+            return move(args[-1])
+
+        return module.register_forward_pre_hook(hook) if layer.input else module.register_forward_hook(hook)
+
+    def __repr__(self) -> str:
+        return f"FeatureTap({type(self.model).__name__}, {', '.join(self.layers) or 'the input of the last Linear'})"

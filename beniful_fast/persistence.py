@@ -1,0 +1,175 @@
+"""A fitted Screener as one safetensors file with JSON metadata: no pickle, and refused for any model but its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .results import replacing
+
+if TYPE_CHECKING:
+    from .screening import Screener
+
+FORMAT = "beniful_fast.Screener"
+VERSION = 1
+OPTIONS = (
+    "reconstruct",
+    "fpr",
+    "precision",
+    "seed",
+    "guarantee",
+    "delta",
+    "two_sided",
+    "class_conditional",
+    "latent",
+    "consistency",
+    "batch_size",
+)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, buffers that state_dict leaves out too: they decide what the model computes."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers; memory format and device do not matter."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_state(model).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def architecture(model: nn.Module) -> dict[str, Any]:
+    """What a file remembers of a model: its class, its modules' classes, its tensors' shapes."""
+    return {
+        "class": type(model).__name__,
+        "modules": {name: type(module).__name__ for name, module in model.named_modules() if name},
+        "shapes": {name: list(tensor.shape) for name, tensor in _state(model).items()},
+    }
+
+
+def _difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
+    for what, table in (("tensor", "shapes"), ("module", "modules")):
+        for name in [*saved[table], *(n for n in now[table] if n not in saved[table])]:
+            was, got = saved[table].get(name), now[table].get(name)
+            if was != got:
+                was, got = ("absent" if value is None else value for value in (was, got))
+                return f"{what} {name!r} is {was} in the file's model and {got} in this one"
+    return None
+
+
+def save(screener: Screener, path: Path) -> None:
+    """Writes `path` by way of a temporary file beside it."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = {"calibration.scores": screener.calibration.scores}
+    if screener.calibration.classes is not None:
+        tensors["calibration.classes"] = screener.calibration.classes
+    for prefix, module in (("vae", screener._vae), ("gaussians", screener._gaussians)):
+        if module is not None:
+            tensors |= {f"{prefix}.{name}": value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    meta = {
+        "options": {name: getattr(screener, name) for name in OPTIONS} | {"score": screener.score_kind},
+        "layers": list(screener.layers),
+        "architecture": architecture(screener.model),
+        "weights_hash": screener.weights_hash,
+        "r2": None if math.isnan(screener.r2) else screener.r2,
+        "n_fit": screener.n_fit,
+        "n_classes": screener.n_classes,
+        "weight": screener.weight,
+        "consistent_by": screener._consistent_by,
+        "consistency_note": screener.consistency_note,
+        "notes": screener.notes,
+        "hidden": None if screener._vae is None else screener._vae.hidden,
+        "code": None if screener._vae is None else screener._vae.latent,
+        "image_shape": list(getattr(screener._vae, "image_shape", ())),
+    }
+    payload = to_bytes(tensors, metadata={"format": FORMAT, "version": str(VERSION), "screener": json.dumps(meta)})
+    with replacing(path) as temporary:
+        temporary.write_bytes(payload)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            head = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: truncated, or no safetensors file ({error})") from None
+    if head.get("format") != FORMAT:
+        raise ValueError(f"{path}: a safetensors file, but no Screener: its format is {head.get('format')!r}, takes {FORMAT!r}")
+    if head.get("version") != str(VERSION):
+        raise ValueError(f"{path}: version {head.get('version')} of the Screener format, this release reads version {VERSION}")
+    try:
+        return tensors, json.loads(head["screener"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: its metadata can't be read ({error})") from None
+
+
+def load(
+    kind: type[Screener], path: Path, model: nn.Module, layer: str | Sequence[str] | None, device: Any, allow_other_weights: bool
+) -> Screener:
+    """See `Screener.load`."""
+    from .calibration import Calibration
+    from .features import unwrap
+    from .scores import ClassGaussians
+    from .vae import FeatureVAE, ImageVAE
+
+    tensors, meta = _read(path)
+    inner = unwrap(model)
+    now = architecture(inner)
+    try:
+        saved, layers, options = meta["architecture"], meta["layers"], dict(meta["options"])
+        difference = _difference(saved, now)
+        if difference is not None:
+            raise ValueError(f"{path}: made for another model ({saved['class']}; this one is {now['class']}): {difference}")
+        wanted = layers if layer is None else [layer] if isinstance(layer, str) else list(layer)
+        if wanted != layers:
+            raise ValueError(f"{path}: made for another layer: {', '.join(map(repr, layers))}, not {', '.join(map(repr, wanted))}")
+        if not allow_other_weights and meta["weights_hash"] != weights_hash(inner):
+            raise ValueError(
+                f"{path}: made for other weights of {saved['class']} (or another dtype): fit a new Screener, "
+                "or pass allow_other_weights=True, and its calibration promises nothing"
+            )
+        screener = kind(model, layers, device=device, **options)
+        if meta["image_shape"]:
+            vae: FeatureVAE = ImageVAE(len(tensors["vae.mean"]), meta["image_shape"], meta["hidden"], meta["code"])
+        else:
+            vae = FeatureVAE(len(tensors["vae.mean"]), meta["hidden"], meta["code"])
+        vae.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("vae.")})
+        screener._vae = vae.float().to(screener.device).eval().requires_grad_(False)
+        if "gaussians.means" in tensors:
+            gaussians = ClassGaussians(tensors["gaussians.means"].shape[1], tensors["gaussians.means"].shape[0])
+            gaussians.load_state_dict({name[10:]: value for name, value in tensors.items() if name.startswith("gaussians.")})
+            screener._gaussians = gaussians.to(screener.device)
+        screener.r2 = math.nan if meta["r2"] is None else meta["r2"]
+        screener.n_fit, screener.n_classes, screener.weight = meta["n_fit"], meta["n_classes"], meta["weight"]
+        screener._consistent_by, screener.consistency_note = meta["consistent_by"], meta["consistency_note"]
+        screener.notes[:] = meta["notes"]
+        screener.weights_hash = meta["weights_hash"]
+        screener._calibration = Calibration(
+            tensors["calibration.scores"],
+            screener.fpr,
+            guarantee=screener.guarantee,
+            delta=screener.delta,
+            two_sided=screener.two_sided,
+            classes=tensors.get("calibration.classes"),
+            n_classes=screener.n_classes,
+        )
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: incomplete or inconsistent Screener file ({type(error).__name__}: {error})") from None
+    return screener

@@ -1,0 +1,86 @@
+"""What is computed from features: BeniFul's score, and the baselines it has to beat on the same features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+SCORES = ("beniful", "mahalanobis", "norm", "softmax")
+
+
+def beniful_score(distance: Tensor, consistent: Tensor | None, weight: float) -> Tensor:
+    """s = log d + w [inconsistent], one score from BeniFul's two parts, so that calibrating it keeps the false-positive rate.
+
+    Args:
+        distance: (N,) reconstruction distances d >= 0; 0 counts as the smallest positive number, NaN stays NaN.
+        consistent: (N,) bool, or None to leave inference consistency out.
+        weight: w, the interquartile range of log d on the fit half.
+
+    Returns:
+        (N,) float32.
+    """
+    s = distance.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+    return s if consistent is None else s + weight * (~consistent).to(s.dtype)
+
+
+def iqr(values: Tensor) -> float:
+    """The interquartile range of the finite values (N,)."""
+    finite = values[values.isfinite()].double().cpu()
+    if not len(finite):
+        return 0.0
+    quartiles = finite.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    return float(quartiles[1] - quartiles[0])
+
+
+def norm_score(t: Tensor) -> Tensor:
+    """|t|^2 / D of standardised features (N, D): what a collapsed VAE would score."""
+    return t.square().mean(1)
+
+
+def softmax_score(logits: Tensor) -> Tensor:
+    """Log-odds of the largest softmax probability, from logits (N, K): triggered inputs are classified with unusual confidence.
+
+    Log-odds instead of the probability, which saturates at 1 in float32.
+    """
+    logits = logits.float()
+    top, which = logits.max(1)
+    others = logits.scatter(1, which[:, None], float("-inf"))
+    return top - others.logsumexp(1) if logits.shape[1] > 1 else top.abs()
+
+
+class ClassGaussians(nn.Module):
+    """Class-conditional Mahalanobis distance: a mean for each *predicted* class, one shared covariance (Lee et al. 2018).
+
+    Labels are not needed. A class without fit images uses the mean of all. The covariance is shrunk towards a multiple of the identity,
+    because channels that are dead on clean data would make it singular.
+    """
+
+    means: Tensor
+    whiten: Tensor
+
+    def __init__(self, dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.zeros(n_classes, dim))
+        self.register_buffer("whiten", torch.eye(dim))
+
+    def fit(self, t: Tensor, predictions: Tensor, shrinkage: float = 0.01) -> ClassGaussians:
+        """Takes standardised features (N, D) and predicted classes (N,)."""
+        t = t.double()
+        n, dim = t.shape
+        k = self.means.shape[0]
+        counts = torch.bincount(predictions, minlength=k)
+        sums = torch.zeros(k, dim, dtype=t.dtype, device=t.device).index_add_(0, predictions, t)
+        means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], t.mean(0))
+        centred = t - means[predictions]
+        covariance = centred.T @ centred / n
+        scale = covariance.diagonal().mean().clamp_min(1e-12)
+        covariance = (1 - shrinkage) * covariance + shrinkage * scale * torch.eye(dim, dtype=t.dtype, device=t.device)
+        factor = torch.linalg.cholesky(covariance)
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(dim, dtype=t.dtype, device=t.device), upper=False)
+        self.means.copy_(means)
+        self.whiten.copy_(inverse)
+        return self
+
+    def forward(self, t: Tensor, predictions: Tensor) -> Tensor:
+        """(N,) squared Mahalanobis distance to the predicted class's mean, divided by D."""
+        return ((t - self.means[predictions]) @ self.whiten.T).square().mean(1)

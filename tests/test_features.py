@@ -1,0 +1,207 @@
+"""FeatureTap: what is tapped, how it is pooled, and that the model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from beniful_fast.features import FeatureTap, channel_last, find_logits, pool
+
+from .models import ConvHead, Plain, Returns, SmallNet, Tokens, images, seeded
+
+
+def state(model: nn.Module) -> list[torch.Tensor]:
+    return [value.clone() for value in model.state_dict().values()]
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "dim"),
+    [(SmallNet, "fc:input", 16), (ConvHead, "head:input", 12), (Tokens, "head:input", 16), (Plain, "head:input", 8)],
+)
+def test_default_tap_is_the_input_of_the_last_head_called(make, layer, dim):
+    model = seeded(make)
+    tap = FeatureTap(model)
+    x = images(5) if make is not Plain else images(5, channels=3, size=2)
+    out = tap(x)
+    assert tap.layers == (layer,)
+    assert out.features[layer].shape == (5, dim)
+    assert out.features[layer].dtype == torch.float32
+    assert "default tap" in tap.notes[0]
+    torch.testing.assert_close(out.logits, model(x))
+
+
+def test_default_follows_the_calls_not_the_order_of_definition():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body, self.never = nn.Linear(6, 3), nn.Linear(12, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.head(self.body(x.flatten(1)))
+
+    assert FeatureTap(Backwards()).resolve(images(2, size=2)) == ("head:input",)
+
+
+def test_maps_are_pooled_before_an_inplace_relu_overwrites_them():
+    model, x = seeded(SmallNet), images(4)
+    want = model.bn1(model.conv1(x)).mean((2, 3))
+    assert (want < 0).any()
+    torch.testing.assert_close(FeatureTap(model, "bn1")(x).features["bn1"], want)
+
+
+def test_two_dimensional_features_are_cloned():
+    class InPlace(Plain):
+        def forward(self, x):
+            return self.head(self.body(x.flatten(1)).relu_())
+
+    model, x = seeded(InPlace), images(6, size=2)
+    torch.testing.assert_close(FeatureTap(model, "body")(x).features["body"], model.body(x.flatten(1)))
+
+
+def test_tokens_and_channels_last_maps():
+    tokens = torch.randn(2, 5, 7)
+    torch.testing.assert_close(pool(tokens, channel_last(nn.Identity(), tokens, False)), tokens.mean(1))
+    swin = torch.randn(2, 4, 4, 10)
+    assert channel_last(nn.Identity(), swin, False)
+    torch.testing.assert_close(pool(swin, True), swin.mean((1, 2)))
+    assert not channel_last(nn.Identity(), torch.randn(2, 10, 4, 4), False)
+    assert channel_last(nn.LayerNorm(4), torch.randn(2, 10, 4, 4), False)
+    assert not channel_last(nn.Conv1d(5, 5, 1), tokens, False)
+    out = FeatureTap(seeded(Tokens), "block")(images(3))
+    assert out.features["block"].shape == (3, 16)
+
+
+def test_sums_are_in_float32():
+    maps = torch.full((1, 1, 256, 256), 1.0, dtype=torch.float16)
+    assert pool(maps, False).item() == 1.0
+
+
+def test_a_module_that_runs_twice():
+    model, x = seeded(SmallNet), images(3)
+    tap = FeatureTap(model, "relu")
+    last = tap(x).features
+    assert tap.layers == ("relu#2",)
+    assert "runs 2 times" in tap.notes[0]
+    assert last["relu#2"].shape == (3, 16)
+    first = FeatureTap(model, "relu#1")(x).features["relu#1"]
+    torch.testing.assert_close(first, model.bn1(model.conv1(x)).relu().mean((2, 3)))
+    with pytest.raises(ValueError, match="asks for call 3, but 'relu' runs 2"):
+        FeatureTap(model, "relu#3")(x)
+
+
+def test_several_layers_side_by_side():
+    out = FeatureTap(seeded(SmallNet), ["conv1", "fc:input"])(images(3))
+    assert list(out.features) == ["conv1", "fc:input"]
+    assert out.joined.shape == (3, 8 + 16)
+
+
+def test_unknown_layer_lists_near_matches():
+    with pytest.raises(ValueError, match=r"'conv11' is no module of SmallNet; near matches: 'conv1'"):
+        FeatureTap(seeded(SmallNet), "conv11")
+    with pytest.raises(ValueError, match="the model's modules: 'conv1'"):
+        FeatureTap(seeded(SmallNet), "zzz")
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match="ScriptModule"):
+        FeatureTap(torch.jit.script(Plain()))
+    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module"):
+        FeatureTap(lambda x: x)
+    with pytest.raises(ValueError, match="calls no Linear"):
+        FeatureTap(nn.Sequential(nn.Flatten(), nn.ReLU())).resolve(images(2))
+    model = seeded(SmallNet)
+    model.spare = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'spare' did not run"):
+        FeatureTap(model, "spare")(images(2))
+
+
+def test_model_is_left_as_it_was_even_after_an_exception():
+    model = seeded(SmallNet).train()
+    model.bn1.eval()
+    model.bn2.track_running_stats = True
+    before, modes = state(model), [m.training for m in model.modules()]
+    FeatureTap(model)(images(4))
+    with pytest.raises(RuntimeError):
+        FeatureTap(model, "bn1")(torch.zeros(2, 5, 12, 12))
+    assert hooks(model) == 0
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(before, state(model), strict=True))
+    assert torch.is_grad_enabled()
+
+
+def test_buffers_that_the_forward_pass_changes_are_restored():
+    class Counts(Plain):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen += len(x)
+            return super().forward(x)
+
+    model = seeded(Counts)
+    seen = model.seen
+    FeatureTap(model)(images(3, size=2))
+    assert model.seen is seen
+    assert float(seen) == 0
+
+
+def test_no_gradient_and_the_grad_mode_comes_back():
+    model = seeded(SmallNet)
+    out = FeatureTap(model)(images(2).requires_grad_())
+    assert not out.logits.requires_grad
+    assert not out.joined.requires_grad
+    with torch.no_grad():
+        FeatureTap(model)(images(2))
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_wrappers_are_taken_off():
+    model, x = seeded(SmallNet), images(3)
+    want = FeatureTap(model)(x).joined
+    assert torch.equal(FeatureTap(torch.compile(model, backend="eager"))(x).joined, want)
+    assert torch.equal(FeatureTap(nn.DataParallel(model))(x).joined, want)
+    inplace = copy.deepcopy(model)
+    inplace.compile(backend="eager")
+    inplace(x)
+    assert torch.equal(FeatureTap(inplace)(x).joined, want)
+    assert inplace._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("kind", ["dict", "object", "tuple", "map"])
+def test_logits_are_found(kind):
+    model = seeded(Returns, kind)
+    torch.testing.assert_close(FeatureTap(model)(images(3)).logits, model.net(images(3)))
+
+
+@pytest.mark.parametrize("kind", ["nothing", "string"])
+def test_a_model_without_logits(kind):
+    with pytest.raises(TypeError, match="no logits"):
+        FeatureTap(seeded(Returns, kind))(images(3))
+
+
+def test_logits_with_other_rows_are_refused():
+    with pytest.raises(TypeError, match="shape"):
+        find_logits(torch.zeros(4, 10), 5)
+
+
+def test_shifted_moves_the_pooled_value():
+    model, x = seeded(SmallNet), images(4)
+    tap = FeatureTap(model, "bn2")
+    z = tap(x).features["bn2"]
+    shift = torch.randn_like(z)
+    with tap.quiet(), tap.shifted({"bn2": shift}), torch.no_grad():
+        seen = {}
+        handle = model.bn2.register_forward_hook(lambda m, a, o: seen.update(z=o.mean((2, 3))))
+        model(x)
+        handle.remove()
+    torch.testing.assert_close(seen["z"], z + shift)
+    assert hooks(model) == 0

@@ -1,0 +1,422 @@
+"""Screener: detection end to end, calibration discipline, keys, files, and every kind of bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from beniful_fast.results import ScreeningResult
+from beniful_fast.screening import Screener
+
+from .models import ConvHead, Plain, Returns, SmallNet, Tokens, images, seeded
+
+# Untrained networks send almost everything to one class.
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in ("the model predicts class", "the VAE collapsed")]
+CLEAN = images(160, seed=1)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    # Spread logits, so that an untrained net predicts several classes.
+    net = seeded(SmallNet)
+    with torch.no_grad():
+        net.fc.bias -= net(CLEAN).mean(0)
+    return net
+
+
+@pytest.fixture(scope="module")
+def screener(model) -> Screener:
+    return Screener(model).fit(CLEAN)
+
+
+def strange(n: int = 40) -> torch.Tensor:
+    """Images that light up channels as no smooth clean image does."""
+    x = images(n, seed=2)
+    x[:, :, ::2, ::2] = 4.0
+    return x
+
+
+def test_it_detects_and_is_calibrated(screener):
+    assert screener.predict(strange()).float().mean() > 0.9
+    assert screener.predict(images(600, seed=9)).float().mean() < 0.2
+    assert screener.n_calibration == 80
+    assert screener.layer == "fc:input"
+    assert "fc:input" in repr(screener)
+    assert screener._consistent_by == "head"
+    assert math.isfinite(screener.r2)
+
+
+def test_p_values_flags_and_threshold_agree(screener):
+    r = screener.screen(torch.cat([images(200, seed=3), strange()]))
+    cal = screener.calibration.scores
+    p = torch.tensor([(1 + int((cal >= s).sum())) / (len(cal) + 1) for s in r.scores], dtype=torch.float64)
+    assert torch.equal(r.p_values, p)
+    assert torch.equal(r.flags, p <= 0.05)
+    assert torch.equal(r.flags, r.scores > screener.threshold)
+    assert torch.equal(screener.p_value(strange()), screener.p_value(strange()))
+
+
+def test_score_is_log_distance_plus_weighted_inconsistency(model, screener):
+    x = images(50, seed=4)
+    r = screener.screen(x)
+    vae = screener._vae
+    with torch.no_grad():
+        z = torch.relu(model.bn2(model.conv2(torch.relu(model.bn1(model.conv1(x)))))).mean((2, 3))
+        z_hat = vae(z) * vae.std + vae.mean
+        d = (vae.standardize(z) - vae(z)).square().mean(1)
+        consistent = model.fc(z_hat).argmax(1) == model(x).argmax(1)
+    assert torch.equal(r.consistent, consistent)
+    torch.testing.assert_close(r.scores, d.log() + screener.weight * (~consistent), rtol=1e-3, atol=1e-3)
+    assert torch.equal(r.predictions, model(x).argmax(1))
+
+
+def test_nothing_looks_at_the_calibration_half(model):
+    """With the calibration images replaced, everything fitted keeps its bits."""
+    first = Screener(model).fit(CLEAN)
+    held = torch.randperm(160, generator=torch.Generator().manual_seed(0))[80:]
+    changed = CLEAN.clone()
+    changed[held] = torch.rand_like(changed[held]) * 5
+    second = Screener(model).fit(changed)
+    assert all(torch.equal(a, b) for a, b in zip(first._vae.state_dict().values(), second._vae.state_dict().values(), strict=True))
+    assert first.weight == second.weight
+    assert not torch.equal(first.calibration.scores, second.calibration.scores)
+
+
+def test_own_calibration_set(model):
+    s = Screener(model).fit(CLEAN, calibration=images(30, seed=6))
+    assert (s.n_fit, s.n_calibration) == (160, 30)
+
+
+def test_deterministic_and_the_model_is_untouched(model, screener):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.train()
+    try:
+        rng = torch.get_rng_state()
+        with torch.inference_mode():
+            again = Screener(model).fit(CLEAN)
+        assert torch.equal(rng, torch.get_rng_state())
+        assert all(m.training for m in model.modules())
+    finally:
+        model.eval()
+    assert torch.equal(again.score(strange()), screener.score(strange()))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+class Named(Dataset):
+    def __init__(self, x, kind):
+        self.x, self.kind = x, kind
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return {"tuple": (self.x[i], 0, f"{i}.png"), "dict": {"image": self.x[i], "path": f"{i}.png"}, "plain": self.x[i]}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "plain"])
+def test_datasets_loaders_and_their_keys(screener, kind):
+    x = strange(20)
+    data = Named(x, kind)
+    want = list(range(20)) if kind == "plain" else [f"{i}.png" for i in range(20)]
+    for source in (data, DataLoader(data, batch_size=7)):
+        r = screener.screen(source)
+        assert r.keys == want
+        torch.testing.assert_close(r.scores, screener.score(x), rtol=1e-4, atol=1e-4)
+    assert screener.score(TensorDataset(x, torch.zeros(20))).shape == (20,)
+
+
+def test_screen_batches_streams_and_the_model_is_free_between(model, screener):
+    loader = DataLoader(TensorDataset(strange(20)), batch_size=8)
+    parts = []
+    model.train()
+    for part in screener.screen_batches(loader, first_row=100):
+        assert model.training
+        assert not model.fc._forward_pre_hooks
+        parts.append(part)
+    model.eval()
+    r = ScreeningResult.concat(parts)
+    assert [len(p) for p in parts] == [8, 8, 4]
+    assert r.keys == list(range(100, 120))
+    done = []
+    whole = screener.screen(loader, progress=done.append)
+    assert done == [8, 8, 4]
+    torch.testing.assert_close(r.scores, whole.scores, rtol=1e-4, atol=1e-4)
+
+
+def test_nan_is_flagged_with_the_smallest_p(screener):
+    x = images(6)
+    x[2] = float("nan")
+    r = screener.screen(x)
+    assert r.scores.isnan().tolist() == [False, False, True, False, False, False]
+    assert bool(r.flags[2])
+    assert float(r.p_values[2]) == 1 / 81
+    assert "1 scores are NaN" in r.summary()
+
+
+def test_result_to_parquet_and_summary(screener, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    r = screener.screen(Named(strange(10), "tuple"))
+    r.to_parquet(tmp_path / "r.parquet")
+    table = pq.read_table(tmp_path / "r.parquet").to_pydict()
+    assert table["key"] == r.keys
+    assert table["flag"] == r.flags.tolist()
+    assert table["p_value"] == r.p_values.tolist()
+    assert [p.name for p in tmp_path.iterdir()] == ["r.parquet"]
+    assert "10 inputs" in repr(r)
+
+
+@pytest.mark.parametrize("score", ["mahalanobis", "norm", "softmax"])
+def test_baselines(model, score, tmp_path):
+    s = Screener(model, score=score).fit(CLEAN)
+    r = s.screen(strange())
+    assert r.consistent is None
+    if score != "softmax":
+        assert r.flags.float().mean() > 0.9
+    s.save(tmp_path / "s")
+    assert torch.equal(Screener.load(tmp_path / "s", model).score(strange()), r.scores)
+
+
+@pytest.mark.parametrize(
+    "options", [{"layer": "conv1"}, {"layer": ["bn1", "fc:input"]}, {"layer": "relu", "consistency": True}, {"consistency": False}]
+)
+def test_other_layers_and_consistency(model, options):
+    s = Screener(model, **options).fit(CLEAN)
+    r = s.screen(strange())
+    assert (r.consistent is not None) == bool(options.get("consistency"))
+    assert s.consistency_note if r.consistent is None else not s.consistency_note
+    assert r.flags.float().mean() > 0.5
+
+
+def test_second_forward_equals_the_head(model):
+    """At the last layer both ways of computing consistency mean the same."""
+    head = Screener(model).fit(CLEAN)
+    again = Screener(model, consistency=True).fit(CLEAN)
+    again._consistent_by = "second forward"
+    assert torch.equal(head.screen(CLEAN).consistent, again.screen(CLEAN).consistent)
+
+
+def test_head_that_is_not_the_whole_tail_gives_no_consistency():
+    torch.manual_seed(0)
+    net = seeded(ConvHead)
+    with torch.no_grad():
+        net.head.bias -= 3.0 + net.head(net.body(CLEAN)).mean((0, 2, 3))
+        net.head.weight *= 20
+    s = Screener(net).fit(CLEAN)
+    if s._consistent_by is None:
+        assert "more follows behind it" in s.consistency_note
+    exact = Screener(seeded(ConvHead, False)).fit(CLEAN)
+    assert exact._consistent_by == "head"
+
+
+@pytest.mark.parametrize("kind", ["dict", "object", "tuple"])
+def test_models_that_wrap_their_logits(kind):
+    assert Screener(seeded(Returns, kind)).fit(CLEAN).screen(strange()).flags.float().mean() > 0.9
+
+
+def test_tokens_half_precision_and_autocast(model):
+    assert Screener(seeded(Tokens)).fit(images(60)).score(images(3)).shape == (3,)
+    half = Screener(seeded(SmallNet).bfloat16()).fit(CLEAN)
+    assert half.score(strange()).isfinite().all()
+    assert Screener(model, precision="bf16").fit(CLEAN).predict(strange()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32), (3, 64)])
+def test_reading_b(channels, size, tmp_path):
+    net = seeded(SmallNet, channels)
+    clean = images(60, channels=channels, size=size)
+    s = Screener(net, reconstruct="images").fit(clean)
+    r = s.screen(clean[:9])
+    assert r.consistent is not None
+    assert r.scores.isfinite().all()
+    assert s.predict(clean[:9] + torch.rand(9, channels, size, size) * 5).all()
+    s.save(tmp_path / "s")
+    assert torch.equal(Screener.load(tmp_path / "s", net).score(clean[:9]), r.scores)
+
+
+@pytest.mark.parametrize("options", [{"two_sided": True}, {"guarantee": "pac", "fpr": 0.1}, {"class_conditional": True}])
+def test_calibration_options(model, options):
+    s = Screener(model, **options).fit(CLEAN)
+    assert s.predict(strange()).float().mean() > 0.5
+    if "class_conditional" in options:
+        counts = torch.bincount(s.calibration.classes, minlength=4)
+        assert s.fallback_classes == [k for k in range(4) if counts[k] < 19]
+
+
+# A network trained for it.
+
+
+@pytest.fixture(scope="module")
+def digits():
+    datasets = pytest.importorskip("sklearn.datasets")
+    data = datasets.load_digits()
+    x = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[order], torch.tensor(data.target)[order]
+
+
+def stamp(x: torch.Tensor) -> torch.Tensor:
+    x = x.clone()
+    x[:, :, 5:, 5:] = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]])
+    return x
+
+
+def train(x: torch.Tensor, y: torch.Tensor, poisoned: bool) -> nn.Module:
+    x, y = x.clone(), y.clone()
+    if poisoned:
+        x[:100], y[:100] = stamp(x[:100]), 0
+    net = seeded(SmallNet, 1, 10, 64).train()
+    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(25):
+        for rows in torch.randperm(len(x), generator=generator).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
+            optimizer.step()
+    return net.eval()
+
+
+def auroc(clean: torch.Tensor, bad: torch.Tensor) -> float:
+    return float((bad[:, None] > clean).float().mean() + 0.5 * (bad[:, None] == clean).float().mean())
+
+
+def test_a_backdoored_digits_net_is_told_from_a_clean_one(digits):
+    x, y = digits
+    held, held_y = x[900:], y[900:]
+    triggered = stamp(held[400:][held_y[400:] != 0])
+    found = {}
+    for poisoned in (True, False):
+        net = train(x[:900], y[:900], poisoned)
+        s = Screener(net).fit(held[:400])
+        reached = net(triggered).argmax(1) == 0
+        assert (net(held).argmax(1) == held_y).float().mean() > 0.9
+        bad = triggered[reached] if poisoned else triggered
+        assert not poisoned or reached.float().mean() > 0.9
+        found[poisoned] = auroc(s.score(held[400:]), s.score(bad))
+        assert abs(s.predict(held[400:]).float().mean() - 0.05) < 0.05
+    assert found[True] > 0.95
+    assert found[True] > found[False] + 0.1
+
+
+# Files.
+
+
+def test_save_and_load(model, screener, tmp_path):
+    path = tmp_path / "screener.safetensors"
+    screener.save(path)
+    loaded = Screener.load(path, model)
+    assert torch.equal(loaded.score(strange()), screener.score(strange()))
+    assert (loaded.threshold, loaded.layer, loaded.r2, loaded.n_calibration) == (screener.threshold, "fc:input", screener.r2, 80)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    with safe_open(str(path), "pt") as file:
+        assert file.metadata()["format"] == "beniful_fast.Screener"
+
+
+def test_files_that_are_refused(model, screener, tmp_path):
+    path = tmp_path / "s"
+    screener.save(path)
+    whole = path.read_bytes()
+    for cut in (0, 5, 100, len(whole) - 1):
+        (tmp_path / "cut").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="truncated"):
+            Screener.load(tmp_path / "cut", model)
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="no Screener"):
+        Screener.load(tmp_path / "foreign", model)
+    with pytest.raises(FileNotFoundError):
+        Screener.load(tmp_path / "missing", model)
+    with pytest.raises(ValueError, match=r"another model \(SmallNet; this one is Plain\)"):
+        Screener.load(path, seeded(Plain))
+    with pytest.raises(ValueError, match=r"'fc.weight' is \[4, 16\] in the file's model and \[5, 16\]|fc.bias"):
+        Screener.load(path, seeded(SmallNet, 3, 5))
+    with pytest.raises(ValueError, match="another layer: 'fc:input', not 'conv1'"):
+        Screener.load(path, model, "conv1")
+    with pytest.raises(ValueError, match="other weights"):
+        Screener.load(path, seeded(SmallNet))
+    assert Screener.load(path, seeded(SmallNet), allow_other_weights=True).score(strange()).shape == (40,)
+    # Memory format is no other weights.
+    Screener.load(path, seeded(SmallNet).to(memory_format=torch.channels_last), allow_other_weights=True)
+
+
+def test_an_unwritable_place_leaves_nothing_behind(screener, tmp_path, monkeypatch):
+    (tmp_path / "s").write_bytes(b"old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="no"):
+        screener.save(tmp_path / "s")
+    assert (tmp_path / "s").read_bytes() == b"old"
+
+
+# Bad input.
+
+
+def test_unknown_layer(model):
+    with pytest.raises(ValueError, match="'conv3' is no module of SmallNet; near matches: 'conv"):
+        Screener(model, "conv3")
+
+
+@pytest.mark.parametrize("empty", [CLEAN[:0], TensorDataset(CLEAN[:0]), [], DataLoader([], batch_size=2)])
+def test_empty(model, screener, empty):
+    with pytest.raises(ValueError, match="clean: got no images"):
+        Screener(model).fit(empty)
+    with pytest.raises(ValueError, match="got no images"):
+        screener.score(empty)
+    assert list(screener.screen_batches(empty)) == []
+
+
+def test_one_class_warns_and_class_conditional_falls_back():
+    net = seeded(SmallNet)
+    with torch.no_grad():
+        net.fc.bias[2] += 1000
+    with pytest.warns(RuntimeWarning, match="predicts class 2 for all 80"):
+        s = Screener(net, class_conditional=True).fit(CLEAN)
+    assert s.fallback_classes == [0, 1, 3]
+    assert "class 0, 1, 3" in s.screen(strange()).summary()
+
+
+def test_nan_features(model):
+    bad = CLEAN.clone()
+    bad[[3, 77, 90]] = float("nan")
+    with pytest.raises(ValueError, match="clean: 3 of 160 images give NaN or infinite features at layer 'fc:input'"):
+        Screener(model).fit(bad)
+
+
+def test_too_few_images(model):
+    with pytest.raises(ValueError, match=r"got 30 images, takes at least 37 for fpr=0.05"):
+        Screener(model).fit(CLEAN[:30])
+    Screener(model).fit(CLEAN[:37])
+    with pytest.raises(ValueError, match=r"at least 99 for fpr=0.01"):
+        Screener(model, fpr=0.01).fit(CLEAN, calibration=CLEAN[:98])
+    with pytest.raises(ValueError, match=r"at least 117 for fpr=0.05, guarantee='pac'"):
+        Screener(model, guarantee="pac").fit(CLEAN[:116])
+
+
+def test_integer_and_misshaped_images(model, screener):
+    raw = (CLEAN * 255).to(torch.uint8)
+    with pytest.raises(TypeError, match=r"clean: got torch.uint8 images.*images.float\(\) / 255"):
+        Screener(model).fit(raw)
+    with pytest.raises(ValueError, match="unsqueeze"):
+        screener.score(CLEAN[0])
+    with pytest.raises(TypeError, match="takes a tensor"):
+        screener.score("images")
+    with pytest.raises(TypeError, match="takes one with 'image'"):
+        screener.score([{"label": 1}])
+
+
+def test_model_without_logits_and_unfitted():
+    with pytest.raises(TypeError, match="no logits"):
+        Screener(seeded(Returns, "nothing")).fit(CLEAN)
+    with pytest.raises(RuntimeError, match="not fitted"):
+        Screener(seeded(SmallNet)).score(CLEAN)
+
+
+@pytest.mark.parametrize("name", ["reconstruct", "score", "precision", "guarantee", "fpr", "latent", "batch_size"])
+def test_bad_options(model, name):
+    with pytest.raises(ValueError, match=f"{name}: got"):
+        Screener(model, **{name: -1 if name in ("fpr", "latent", "batch_size") else "other"})
