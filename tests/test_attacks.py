@@ -1,0 +1,121 @@
+"""BadNets, and what all attacks share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from beniful_fast import data
+from beniful_fast.attacks import BadNets
+
+
+def images(n: int = 200, channels: int = 3, side: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(n, channels, side, side, generator=generator), torch.randint(0, 10, (n,), generator=generator)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_stamp_replaces_the_corner_alone(channels: int, size: int) -> None:
+    x, _ = images(channels=channels)
+    before = x.clone()
+    attack = BadNets(target=3, seed=1, size=size)
+    stamped = attack.stamp(x)
+    assert torch.equal(x, before)
+    assert torch.equal(stamped, BadNets(target=3, seed=1, size=size).stamp(x))
+    assert torch.equal(stamped[..., -size:, -size:], attack.patch(channels).expand(200, -1, -1, -1))
+    stamped[..., -size:, -size:] = x[..., -size:, -size:]
+    assert torch.equal(stamped, x)
+
+
+def test_every_seed_has_its_own_visible_patch() -> None:
+    patches = [BadNets(seed=seed).patch(1) for seed in range(50)]
+    assert len({tuple(p.flatten().tolist()) for p in patches}) == 50
+    for patch in patches:
+        assert 0 <= patch.min() < 0.2 < 0.8 < patch.max() <= 1
+        assert torch.equal((patch * 255).round() / 255, patch)
+
+
+def test_position_opacity_and_pattern() -> None:
+    x = torch.zeros(2, 3, 8, 8)
+    pattern = torch.ones(1, 2, 2)
+    stamped = BadNets(size=2, position=(1, 4), alpha=0.25, pattern=pattern).stamp(x)
+    assert torch.equal(stamped[:, :, 1:3, 4:6], torch.full((2, 3, 2, 2), 0.25))
+    assert stamped.sum() == 2 * 3 * 4 * 0.25
+    assert BadNets(size=2, position="top-left", pattern=pattern).stamp(x.half())[0, 0, 1, 1] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": -1}, "target"),
+        ({"size": 0}, "size"),
+        ({"alpha": 0}, "alpha"),
+        ({"position": "centre"}, "position"),
+        ({"pattern": torch.ones(3, 2, 2)}, "pattern"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BadNets(**options)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8), torch.zeros(1, 1, 2, 2), "cat"])
+def test_bad_images(bad: object) -> None:
+    with pytest.raises(ValueError, match="images"):
+        BadNets().stamp(bad)  # type: ignore[arg-type]
+
+
+def test_poison_counts_the_whole_set_and_spares_the_target() -> None:
+    x, y = images()
+    attack = BadNets(target=3, seed=5)
+    poisoned = attack.poison(TensorDataset(x, y), 0.1)
+    assert len(poisoned) == 200
+    assert len(poisoned.poisoned_indices) == 20
+    stamped = attack.stamp(x)
+    for i, (image, label) in enumerate(poisoned):  # type: ignore[misc, arg-type]
+        hit = i in poisoned.poisoned_indices
+        assert torch.equal(image, stamped[i] if hit else x[i])
+        assert label.dtype == y.dtype
+        assert int(label) == (3 if hit else int(y[i]))
+        assert not (hit and int(y[i]) == 3)
+    assert torch.equal(poisoned.labels(), torch.stack([poisoned[i][1] for i in range(200)]))
+    assert attack.poison(TensorDataset(x, y), 0.1).poisoned_indices == poisoned.poisoned_indices
+    assert BadNets(target=3, seed=6).poison(TensorDataset(x, y), 0.1).poisoned_indices != poisoned.poisoned_indices
+    assert attack.poison(TensorDataset(x, y), 0.0).poisoned_indices == []
+
+
+class Triples(Dataset):
+    def __init__(self) -> None:
+        self.x, self.y = images(50)
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, str]:
+        return self.x[i], int(self.y[i]), f"key{i}"
+
+
+def test_poison_any_dataset_and_subset() -> None:
+    poisoned = BadNets(seed=2).poison(Triples(), 0.2)
+    i = poisoned.poisoned_indices[0]
+    _, label, key = poisoned[i]
+    assert (label, key) == (0, f"key{i}")
+    assert type(label) is int
+    part = Subset(data.load("digits"), list(range(100, 200)))
+    few = BadNets(target=1, size=2).poison(part, 0.1)
+    assert len(few.poisoned_indices) == 10
+    assert few[few.poisoned_indices[0] - 100][1:] == (1, part[few.poisoned_indices[0]][2])
+
+
+def test_poison_refuses_what_it_cannot_do() -> None:
+    x, y = images()
+    with pytest.raises(ValueError, match=r"rate: got 1\.5"):
+        BadNets().poison(TensorDataset(x, y), 1.5)
+    with pytest.raises(ValueError, match="only 0 may be poisoned"):
+        BadNets(target=4).poison(TensorDataset(x, torch.full_like(y, 4)), 0.1)
+    with pytest.raises(ValueError, match="images"):
+        poisoned = BadNets().poison(TensorDataset((x * 255).to(torch.uint8), y), 0.5)
+        [poisoned[i] for i in range(200)]

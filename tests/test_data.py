@@ -1,0 +1,399 @@
+"""Readers: what they give, and what they say of broken files."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from beniful_fast import data
+from beniful_fast.data import DataError, load
+from beniful_fast.data import parquet as parquet_module
+
+
+def pixels(n: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def encoded(array: np.ndarray, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, cells: list[bytes | None], labels: list[int | None] | None = None, rows: int = 4, **metadata: Any) -> None:
+    columns: dict[str, Any] = {"image": pa.array([{"bytes": c, "path": "/etc/passwd"} for c in cells])}
+    if labels is not None:
+        columns["label"] = pa.array(labels, pa.int64())
+    table = pa.table(columns)
+    if metadata:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {"label": metadata}}})})
+    pq.write_table(table, path, row_group_size=rows)
+
+
+def check(dataset: data.ImageDataset, array: np.ndarray, labels: list[int]) -> None:
+    """All items against (N, H, W, C) uint8 pixels."""
+    assert len(dataset) == len(array)
+    assert dataset.labels().tolist() == labels
+    seen = set()
+    for i, (image, label, key) in enumerate(dataset):  # type: ignore[arg-type, misc]
+        assert image.dtype == torch.float32
+        assert torch.equal(image, torch.from_numpy(array[i]).permute(2, 0, 1) / 255)
+        assert label == labels[i]
+        assert isinstance(label, int)
+        seen.add(key)
+    assert len(seen) == len(array)
+
+
+# Preprocessing
+
+
+def test_digits_are_the_real_scans() -> None:
+    from sklearn.datasets import load_digits
+
+    digits, bunch = load("digits"), load_digits()
+    assert (len(digits), digits.shape) == (1797, (1, 8, 8))
+    image, label, key = digits[1234]
+    assert torch.equal(image[0] * 16, torch.from_numpy(bunch.images[1234]).float())
+    assert (label, key) == (bunch.target[1234], "digits:1234")
+    train, test = load("digits", "train"), load("digits", split="test")
+    assert len(train) + len(test) == 1797
+    assert test[0][2] == "digits:1197"
+    assert digits[-1][2] == "digits:1796"
+    with pytest.raises(IndexError):
+        digits[1797]
+
+
+def test_grey_to_rgb_size_mean_and_std() -> None:
+    plain, made = load("digits"), load("digits", size=16, channels=3, mean=(0.5, 0.4, 0.3), std=0.25)
+    assert made.shape == (3, 16, 16)
+    want = torch.nn.functional.interpolate(plain[7][0][None], (16, 16), mode="bilinear", antialias=True)[0]
+    assert torch.allclose(made[7][0] * 0.25 + torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), want.expand(3, -1, -1), atol=1e-6)
+    with pytest.raises(DataError, match="1 channels, but mean has 3"):
+        _ = load("digits", mean=(0.5, 0.4, 0.3)).shape
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "size"),
+        ({"std": 0.0}, "std"),
+        ({"channels": 2}, "channels"),
+        ({"mean": float("nan")}, "mean"),
+        ({"on_error": "skip"}, "on_error"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load("digits", **options)
+
+
+def test_size_and_crop_as_torchvision_does(tmp_path: Path) -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    image = Image.fromarray(pixels(1, 40, 57, 3)[0])
+    image.save(tmp_path / "a.png")
+    for size, crop in ((32, 28), (20, 17), (64, 63)):
+        recipe = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(crop), transforms.ToTensor()])
+        assert torch.equal(load(tmp_path, size=size, crop=crop)[0][0], recipe(image))
+    assert load(tmp_path, size=(10, 30)).shape == (3, 10, 30)
+    with pytest.raises(DataError, match=r"a\.png: is 20 x 28, smaller than the crop"):
+        _ = load(tmp_path, size=20, crop=24).shape
+
+
+def test_modes_of_pictures(tmp_path: Path) -> None:
+    grey = pixels(1, 6, 6)[0]
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    Image.fromarray(np.dstack([grey] * 4)).save(tmp_path / "alpha.png")
+    folder = load(tmp_path)
+    want = (torch.from_numpy(grey) / 255).expand(3, 6, 6)
+    for image, _, key in folder:  # type: ignore[attr-defined]
+        assert torch.allclose(image, want, atol=1e-6), key
+    assert load(tmp_path, channels=1).shape == (1, 6, 6)
+
+
+# Parquet
+
+
+@pytest.mark.parametrize("small", [0, 1 << 26])
+def test_parquet_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    monkeypatch.setattr(parquet_module, "SMALL_GROUP", small)
+    monkeypatch.setattr(parquet_module, "STREAM_ROWS", 3)
+    array, labels = pixels(23, 5, 4, 3), [i % 7 for i in range(23)]
+    cells = [encoded(a) for a in array]
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", cells[:13], labels[:13], rows=8, names=[f"c{i}" for i in range(7)])
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", cells[13:], labels[13:], rows=8)
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", cells[:2], labels[:2])
+    train = load(tmp_path, "train")
+    check(train, array, labels)
+    assert train.classes == [f"c{i}" for i in range(7)]
+    for i in torch.randperm(23, generator=torch.Generator().manual_seed(0)).tolist():
+        assert torch.equal(train[i][0], torch.from_numpy(array[i]).permute(2, 0, 1) / 255)
+    assert train[14][2] == "train-00001-of-00002.parquet:1"
+    batches = list(DataLoader(train, 5, num_workers=1))
+    assert torch.equal(torch.cat([b[0] for b in batches]), torch.stack([train[i][0] for i in range(23)]))
+    with pytest.raises(DataError, match="holds the splits test, train; name one"):
+        load(tmp_path)
+    with pytest.raises(DataError, match="no split 'val'"):
+        load(tmp_path, "val")
+
+
+def test_parquet_of_plain_binary_without_labels(tmp_path: Path) -> None:
+    array = pixels(3, 4, 4, 3)
+    pq.write_table(pa.table({"img": [encoded(a) for a in array], "label": ["x", "y", "z"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="label column 'label' is string, takes integers"):
+        load(tmp_path / "a.parquet")
+    check(load(tmp_path / "a.parquet", with_labels=False), array, [-1] * 3)
+
+
+def test_a_row_that_is_no_image(tmp_path: Path) -> None:
+    array = pixels(6, 4, 4, 3)
+    cells: list[bytes | None] = [encoded(a) for a in array]
+    whole = cells[3]
+    assert whole is not None
+    cells[2], cells[3], cells[5] = b"not an image", whole[: len(whole) // 2], None
+    write_parquet(tmp_path / "a.parquet", cells, [1] * 6)
+    dataset = load(tmp_path / "a.parquet")
+    assert dataset[1][1] == 1
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: no image"):
+        dataset[2]
+    with pytest.raises(DataError, match=r"a\.parquet, row 3: "):
+        dataset[3]
+    with pytest.raises(DataError, match=r"a\.parquet, row 5: the row holds no image bytes"):
+        dataset[5]
+    flagged = load(tmp_path / "a.parquet", on_error="nan")
+    assert [bool(image.isnan().all()) for image, _, _ in flagged] == [False, False, True, True, False, True]  # type: ignore[attr-defined]
+    assert [label for _, label, _ in flagged] == [1] * 6  # type: ignore[attr-defined]
+
+
+def test_an_image_for_another_program_is_refused(tmp_path: Path) -> None:
+    # PIL would hand EPS to Ghostscript.
+    write_parquet(tmp_path / "a.parquet", [encoded(pixels(1, 4, 4, 3)[0], "EPS")])
+    with pytest.raises(DataError, match="row 0: no image, or of a format that is not read"):
+        load(tmp_path / "a.parquet")[0]
+
+
+def test_mixed_sizes_need_a_size(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [encoded(pixels(1, 4, 4, 3)[0]), encoded(pixels(1, 5, 4, 3)[0])])
+    dataset = load(tmp_path / "a.parquet")
+    assert dataset[0][0].shape == (3, 4, 4)
+    with pytest.raises(DataError, match=r"row 1: the image is 3 x 5 x 4, but the first one is 3 x 4 x 4; pass a size"):
+        dataset[1]
+    assert load(tmp_path / "a.parquet", size=4)[1][0].shape == (3, 4, 4)
+
+
+def test_broken_parquet_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    array = pixels(40, 16, 16, 3)
+    write_parquet(path, [encoded(a) for a in array], [0] * 40, rows=10)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"a\.parquet: no readable parquet file, or truncated"):
+        load(path)
+    start = pq.ParquetFile(io.BytesIO(whole)).metadata.row_group(2).column(0)
+    offset = start.dictionary_page_offset or start.data_page_offset
+    path.write_bytes(whole[:offset] + bytes(500) + whole[offset + 500 :])
+    dataset = load(path)
+    assert dataset[19][2] == "a.parquet:19"
+    with pytest.raises(DataError, match=r"a\.parquet, row"):
+        dataset[20]
+    pq.write_table(pa.table({"text": ["a"]}), path)
+    with pytest.raises(DataError, match="none of the columns text"):
+        load(path)
+    pq.write_table(pa.table({"image": [1, 2]}), path)
+    with pytest.raises(DataError, match="column 'image' is int64, takes encoded images"):
+        load(path)
+    with pytest.raises(DataError, match="no column 'photo'"):
+        load(path, image_column="photo")
+    write_parquet(path, [])
+    with pytest.raises(DataError, match=r"no rows|takes encoded"):
+        load(path)
+
+
+# CIFAR
+
+
+def cifar_bytes(array: np.ndarray, labels: list[int], fine: bool = False) -> bytes:
+    rows = array.transpose(0, 3, 1, 2).reshape(len(array), -1)
+    return b"".join((bytes([0]) if fine else b"") + bytes([label]) + row.tobytes() for label, row in zip(labels, rows, strict=True))
+
+
+def test_cifar_binary(tmp_path: Path) -> None:
+    array, labels = pixels(9, 32, 32, 3), [9, 1, 2, 3, 4, 5, 6, 7, 8]
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    (folder / "data_batch_1.bin").write_bytes(cifar_bytes(array[:4], labels[:4]))
+    (folder / "data_batch_2.bin").write_bytes(cifar_bytes(array[4:], labels[4:]))
+    (folder / "test_batch.bin").write_bytes(cifar_bytes(array[:1], labels[:1]))
+    check(load(tmp_path, "train"), array, labels)
+    assert load(folder, "test")[0][2] == "test_batch.bin:0"
+    hundred = tmp_path / "hundred"
+    hundred.mkdir()
+    (hundred / "train.bin").write_bytes(cifar_bytes(array, [99, *labels[1:]], fine=True))
+    check(load(hundred), array, [99, *labels[1:]])
+    (folder / "test_batch.bin").write_bytes(cifar_bytes(array[:1], labels[:1])[:-1])
+    with pytest.raises(DataError, match=r"test_batch\.bin: 3072 bytes, takes a multiple of 3073"):
+        load(folder, "test")
+    (folder / "test_batch.bin").write_bytes(cifar_bytes(array[:2], [1, 77]))
+    with pytest.raises(DataError, match=r"test_batch\.bin, row 1: label 77"):
+        load(folder, "test")[1]
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("boom"),))
+
+
+def test_pickles_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bomb = pickle.dumps(Bomb())
+    (tmp_path / "py").mkdir()
+    for name in ("py/data_batch_1", "py/test_batch", "data.pt", "data.pkl"):
+        (tmp_path / name).write_bytes(bomb)
+    np.save(tmp_path / "objects.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "objects.npz", images=np.array([Bomb()], dtype=object))
+    for source in ("py", "py/test_batch"):
+        with pytest.raises(DataError, match="never unpickled; use the binary version"):
+            load(source)
+    for source in ("data.pt", "data.pkl", "objects.npy", "objects.npz"):
+        with pytest.raises(DataError, match=r"never unpickled|[Oo]bject"):
+            load(source)
+    assert not (tmp_path / "boom").exists()
+
+
+# Folders
+
+
+def test_folder_of_classes_and_flat(tmp_path: Path) -> None:
+    array = pixels(5, 4, 4, 3)
+    names = ["b/x.png", "a/deep/y.PNG", "a/z.png", "c/n.bmp", "flat.png"]
+    for name, image in zip(names, array, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(image).save(tmp_path / name)
+    (tmp_path / "a/notes.txt").write_text("no image")
+    (tmp_path / "a/.hidden.png").write_text("no image")
+    folder = load(tmp_path)
+    order = [4, 2, 1, 0, 3]  # by name; files before folders
+    check(folder, array[order], [-1, 0, 0, 1, 2])
+    assert [folder.key(i) for i in range(5)] == [names[i] for i in order]
+    assert folder.classes == ["a", "b", "c"]
+    check(load(tmp_path / "b"), array[:1], [-1])
+    (tmp_path / "b/x.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(DataError, match=r"x\.png: no image"):
+        folder[3]
+
+
+def test_folder_splits(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        Image.fromarray(pixels(1, 4, 4, 3)[0]).save(tmp_path / split / "cat/a.png")
+    assert load(tmp_path, "validation")[0][1:] == (0, "cat/a.png")
+    with pytest.raises(DataError, match="holds the splits train, val; name one"):
+        load(tmp_path)
+
+
+def test_folder_without_images(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(DataError, match=r"a folder without images .1 other files"):
+        load(tmp_path)
+
+
+# Arrays
+
+
+def test_arrays(tmp_path: Path) -> None:
+    array, labels = pixels(6, 5, 5, 3), [3, 1, 2, 0, 5, 4]
+    np.save(tmp_path / "images.npy", array)
+    np.save(tmp_path / "labels.npy", np.array(labels))
+    check(load(tmp_path), array, labels)
+    np.savez(tmp_path / "a.npz", test_images=array.transpose(0, 3, 1, 2) / np.float32(255), test_labels=np.array(labels)[:, None])
+    check(load(tmp_path / "a.npz", "test"), array, labels)
+    with pytest.raises(DataError, match="holds the arrays test_images, test_labels, none of images"):
+        load(tmp_path / "a.npz")
+    assert load(torch.rand(2, 9, 9)).shape == (1, 9, 9)
+    check(data.ArrayImages(torch.from_numpy(array), labels, list("abcdef")), array, labels)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 5)), "shape"),
+        (np.zeros((2, 3, 8, 1)), "channels first or last"),
+        (np.zeros((0, 3, 8, 8)), "0 images"),
+        (np.zeros((2, 3, 8, 8), dtype=complex), "complex"),
+    ],
+)
+def test_bad_arrays(array: np.ndarray, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(array)
+
+
+def test_pixels_out_of_range_name_the_row(tmp_path: Path) -> None:
+    array = np.full((3, 1, 4, 4), 0.5, dtype=np.float32)
+    array[2, 0, 1, 1] = 255
+    np.save(tmp_path / "a.npy", array)
+    dataset = load(tmp_path / "a.npy")
+    with pytest.raises(DataError, match=r"a\.npy, row 2: pixels from 0\.5 to 255\.0, takes \[0, 1\]"):
+        dataset[2]
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:100])
+    with pytest.raises(DataError, match=r"a\.npy: no readable NumPy file"):
+        load(tmp_path / "a.npy")
+
+
+# Where data sets are found
+
+
+def test_names_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BENIFUL_DATA", raising=False)
+    with pytest.raises(DataError, match=r"BENIFUL_DATA.*is not set"):
+        load("flowers")
+    monkeypatch.setenv("BENIFUL_DATA", str(tmp_path))
+    (tmp_path / "flowers").mkdir()
+    np.save(tmp_path / "flowers/images.npy", pixels(2, 4, 4))
+    assert len(load("flowers")) == 2
+    with pytest.raises(DataError, match="it holds flowers"):
+        load("flower")
+    with pytest.raises(DataError, match="no such file"):
+        load("./flowers")
+
+
+def test_fingerprint_follows_the_data(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", pixels(2, 4, 4))
+    first = load(tmp_path / "a.npy").fingerprint()
+    assert load(tmp_path / "a.npy").fingerprint() == first
+    assert load(tmp_path / "a.npy", mean=0.5).fingerprint() != first
+    np.save(tmp_path / "a.npy", pixels(3, 4, 4))
+    assert load(tmp_path / "a.npy").fingerprint() != first
+    assert load(np.zeros((2, 4, 4))).fingerprint() != load(np.ones((2, 4, 4))).fingerprint()
+
+
+@pytest.mark.parametrize(("module", "extra"), [("pyarrow", "cli"), ("PIL", "cli"), ("sklearn", "report")])
+def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str) -> None:
+    write_parquet(tmp_path / "a.parquet", [encoded(pixels(1, 4, 4, 3)[0])])
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=rf'{module} is not installed: pip install "beniful_fast\[{extra}\]"'):
+        load("digits" if module == "sklearn" else tmp_path / "a.parquet")[0]
+
+
+@pytest.mark.data
+def test_real_cifar10_and_tiny_imagenet(data_folder: Path) -> None:
+    test = load(data_folder / "cifar10", "test")
+    assert (len(test), test.shape, test.classes[0] if test.classes else None) == (10000, (3, 32, 32), "airplane")
+    assert test.labels().bincount().tolist() == [1000] * 10
+    mean = torch.stack([test[i][0] for i in range(0, 10000, 20)]).mean((0, 2, 3))
+    assert torch.allclose(mean, torch.tensor([0.494, 0.485, 0.450]), atol=0.02)  # the published mean of CIFAR-10
+    tiny = load(data_folder / "tiny-imagenet-20", "val", size=32)
+    assert {tuple(tiny[i][0].shape) for i in range(1000)} == {(3, 32, 32)}  # some are greyscale
