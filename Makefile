@@ -1,0 +1,58 @@
+# `make demo` and `make test` do all the set-up themselves; a second run with nothing changed starts at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc kernels -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test lint typecheck bench bench-compare check-tools clean help
+
+help:
+	@echo "make demo                     plant a backdoor in a small net, find its triggered inputs, show the result"
+	@echo "make test                     all tests (set BENIFUL_DATA to a folder of data sets for those on real data)"
+	@echo "make lint | typecheck         ruff | mypy"
+	@echo "make bench                    ratio tables of every op, JSON into benchmarks/results/"
+	@echo "make bench-compare BASE=REV   this tree against another revision with one harness"
+	@echo "make clean                    remove the build and the virtual environment"
+
+demo: $(VENV)/.ready
+	$(BIN)/beniful-fast demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/.ready
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.run
+
+bench-compare: $(VENV)/.ready
+	@test -n "$(BASE)" || { echo "bench-compare: name the base, for example: make bench-compare BASE=HEAD~1" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.compare_revisions "$(BASE)"
+
+check-tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "beniful_fast needs Python 3.10 or newer as '$(PYTHON)'; name another with: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "beniful_fast needs Python's venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	@command -v "$${CXX:-c++}" >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 || command -v clang++ >/dev/null 2>&1 || \
+	  { echo "beniful_fast needs a C++17 compiler (g++ or clang++); on Debian and Ubuntu: apt-get install g++" >&2; exit 2; }
+
+# Build tools and torch come first: the extension builds against the installed torch's headers, without build isolation.
+$(VENV)/.dependencies: pyproject.toml
+	@$(MAKE) --no-print-directory check-tools
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" "torch>=2.10"
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.dependencies $(NATIVE)
+	BENIFUL_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info beniful_fast/*.so $(VENV)

@@ -1,0 +1,57 @@
+"""What a result has to say about the machine it was measured on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from typing import Any
+
+import torch
+
+import beniful_fast as bf
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[dict[str, Any]]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no library or no driver: no GPU to describe
+        return []
+    gpus = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        gpus.append(
+            {
+                "name": pynvml.nvmlDeviceGetName(handle),
+                "driver": pynvml.nvmlSystemGetDriverVersion(),
+                "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+                "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+                "throttle_reasons": pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
+            }
+        )
+    return gpus
+
+
+def describe() -> dict[str, Any]:
+    """Date, processor, GPUs, versions, threads and load."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "backends": {name: reason for name, (ok, reason) in bf.backends().items() if ok},
+        "gpus": _gpus(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
