@@ -50,7 +50,7 @@ def _load_kernels_in_place() -> None:
     name, folder = f"{__name__}.kernels", Path(__file__).resolve().parent.parent / "kernels"
     if importlib.util.find_spec(name) is None and (folder / "__init__.py").is_file():
         spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
-        assert spec is not None
+        assert spec is not None and spec.loader is not None
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
 

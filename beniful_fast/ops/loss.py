@@ -45,7 +45,8 @@ class _FeatureLoss(torch.autograd.Function):
         with torch.no_grad():
             if gradients is None:
                 _, gradients = _RUN.get(ctx.backend, _op)(list(tensors[:half]), list(tensors[half:]), *ctx.constants, True)
-            if upstream.device.type != "cpu" or bool((upstream != 1).any()):
+            # On the CPU reading the value is free; elsewhere it would wait for the device.
+            if not (upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1):
                 gradients = _scaled(gradients, upstream, in_place=True)
         gradients = [differentiable_once(g, upstream, f) for g, f in zip(gradients, tensors, strict=False)]
         wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad[2:], strict=False)]
