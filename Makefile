@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc kernels -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint typecheck bench bench-compare check-tools clean help
+.PHONY: demo test lint typecheck bench bench-compare gpu check-tools clean help
 
 help:
 	@echo "make demo                     plant a backdoor in a small net, find its triggered inputs, show the result"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint | typecheck         ruff | mypy"
 	@echo "make bench                    ratio tables of every op, JSON into benchmarks/results/"
 	@echo "make bench-compare BASE=REV   this tree against another revision with one harness"
+	@echo "make gpu                      on a CUDA machine, no downloads: build, GPU tests, GPU benchmarks (ONLY=build|test|bench|<case>)"
 	@echo "make clean                    remove the build and the virtual environment"
 
 demo: $(VENV)/.ready
@@ -33,6 +34,19 @@ bench: $(VENV)/.ready
 bench-compare: $(VENV)/.ready
 	@test -n "$(BASE)" || { echo "bench-compare: name the base, for example: make bench-compare BASE=HEAD~1" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.compare_revisions "$(BASE)"
+
+# With the machine's own Python and packages: such machines often reach no registry.
+gpu:
+	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "gpu: '$(PYTHON)' has no torch that sees a CUDA device" >&2; exit 2; }
+ifneq ($(filter-out test bench,$(or $(ONLY),all)),)
+	BENIFUL_REQUIRE_NATIVE=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+endif
+ifneq ($(filter all test,$(or $(ONLY),all)),)
+	$(PYTHON) -m pytest -q tests/gpu tests/kernels tests/ops
+endif
+ifneq ($(filter-out build test,$(or $(ONLY),all)),)
+	$(if $(filter all bench,$(or $(ONLY),all)),ONLY= ,)$(PYTHON) -m benchmarks.gpu
+endif
 
 check-tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +12,32 @@ from torch import Tensor
 
 import beniful_fast as bf
 
-BACKENDS = tuple(name for name, (ok, _reason) in bf.backends().items() if ok)
 RIVALS = ("eager", "torch.compile")
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One op on one input: `make` gives fresh arguments, `ours(backend)` and `eager` are called with them.
+class Place:
+    """Where and in which precision a case runs."""
 
-    `read` is the bytes that any implementation has to read, `written` those that it has to write.
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def normal(self, *shape: int, **kwargs: Any) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype, **kwargs)
+
+    def bytes(self, *shape: int) -> int:
+        return torch.Size(shape).numel() * self.dtype.itemsize
+
+    @property
+    def suffix(self) -> str:
+        return "" if self == Place() else f" {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One op on one input: `make` gives fresh arguments, `ours(..., backend=)` and `eager` are called with them.
+
+    `read` and `written` are the bytes that any implementation has to move, `flops` the operations of its matrix products.
     """
 
     op: str
@@ -29,132 +47,141 @@ class Case:
     eager: Callable[..., Any]
     read: int
     written: int = 0
+    flops: int = 0
     train: bool = False
 
     @property
     def key(self) -> str:
         return f"{self.op} {self.shape}"
 
-    def candidate(self, name: str) -> Callable[[], Any]:
-        """A call without arguments that runs one backend or rival."""
-        arguments = self.make()
+    def function(self, name: str, mode: str = "default") -> Callable[..., Any]:
+        """One backend or rival, to be called with the case's arguments."""
         if name == "eager":
-            function = self.eager
-        elif name == "torch.compile":
+            return self.eager
+        if name == "torch.compile":
             torch._dynamo.reset()  # a second compile of the same code would go to dynamic shapes
-            function = torch.compile(self.eager)
-        else:
-            function = lambda *args: self.ours(*args, backend=name)  # noqa: E731
-        if not self.train:
+            return torch.compile(self.eager, mode=mode)
+        # What a user gets without naming a backend, its shortcuts included.
+        automatic = name == "cpp" and bf.backends()["cpp"][0]
+        return functools.partial(self.ours, backend=None if automatic else name)
 
-            def run() -> Any:
-                with torch.inference_mode():
-                    return function(*arguments)
+    def bind(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], Any]:
+        """A call without arguments: the forward pass, or forward and backward."""
 
-            return run
+        def run() -> Any:
+            with torch.inference_mode():
+                return function(*arguments)
 
         def step() -> None:
             arguments[0].grad = None
             function(*arguments).backward()
 
-        return step
+        return step if self.train else run
 
 
-def _distance(n: int, d: int) -> Case:
+def distance(n: int, d: int, at: Place) -> Case:
     return Case(
         "reconstruction_distance",
-        f"{n}x{d}",
-        lambda: (torch.randn(n, d), torch.randn(n, d)),
+        f"{n}x{d}{at.suffix}",
+        lambda: (at.normal(n, d), at.normal(n, d)),
         bf.reconstruction_distance,
-        lambda x, y: (x - y).square().mean(1),
-        8 * n * d,
+        lambda x, y: (x - y).float().square().mean(1),
+        2 * at.bytes(n, d),
     )
 
 
-def _stats(shape: tuple[int, ...], layout: str) -> Case:
+def stats(shape: tuple[int, ...], layout: str, at: Place) -> Case:
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
 
     def eager(a: Tensor) -> tuple[Tensor, ...]:
-        size = a.abs()
+        size = a.float().abs()
         return size.amax((0, 2, 3)), size.sum((0, 2, 3)), size.square().sum((0, 2, 3)).sqrt()
 
-    return Case(
-        "channel_stats",
-        f"{'x'.join(map(str, shape))} {layout}",
-        lambda: (torch.randn(shape).to(memory_format=form),),
-        bf.channel_stats,
-        eager,
-        4 * torch.Size(shape).numel(),
-    )
+    name = f"{'x'.join(map(str, shape))} {layout}{at.suffix}"
+    return Case("channel_stats", name, lambda: (at.normal(*shape).to(memory_format=form),), bf.channel_stats, eager, at.bytes(*shape))
 
 
-def _linf(shape: tuple[int, ...], how: str) -> Case:
+def linf(shape: tuple[int, ...], how: str, at: Place) -> Case:
     """l-infinity alone against both ways to write it: on CPUs `vector_norm(inf)` is the slower by far."""
-    eager = (
-        (lambda a: torch.linalg.vector_norm(a, float("inf"), dim=(0, 2, 3)))
-        if how == "vector_norm"
-        else (lambda a: a.abs().amax((0, 2, 3)))
-    )
+    rivals: dict[str, Callable[[Tensor], Tensor]] = {
+        "vector_norm": lambda a: torch.linalg.vector_norm(a, float("inf"), dim=(0, 2, 3)),
+        "abs().amax": lambda a: a.abs().amax((0, 2, 3)),
+    }
     return Case(
         f"channel_stats linf, rival {how}",
-        "x".join(map(str, shape)),
-        lambda: (torch.randn(shape),),
-        lambda a, backend: bf.channel_stats(a, norms=("linf",), backend=backend),
-        eager,
-        4 * torch.Size(shape).numel(),
+        "x".join(map(str, shape)) + at.suffix,
+        lambda: (at.normal(*shape),),
+        functools.partial(bf.channel_stats, norms=("linf",)),
+        rivals[how],
+        at.bytes(*shape),
     )
 
 
-def _loss(n: int, d: int, upstream: float) -> Case:
+def loss(n: int, d: int, upstream: float, at: Place) -> Case:
+    def ours(f: Tensor, t: Tensor, backend: str) -> Tensor:
+        value = bf.feature_distance_loss(f, t, backend=backend)
+        return value if upstream == 1 else upstream * value
+
+    def eager(f: Tensor, t: Tensor) -> Tensor:
+        value = torch.nn.functional.mse_loss(f, t)
+        return value if upstream == 1 else upstream * value
+
     return Case(
         "feature_distance_loss fwd+bwd" + ("" if upstream == 1 else f", upstream {upstream}"),
-        f"{n}x{d}",
-        lambda: (torch.randn(n, d, requires_grad=True), torch.randn(n, d)),
-        (lambda f, t, backend: bf.feature_distance_loss(f, t, backend=backend))
-        if upstream == 1
-        else (lambda f, t, backend: upstream * bf.feature_distance_loss(f, t, backend=backend)),
-        torch.nn.functional.mse_loss if upstream == 1 else (lambda f, t: upstream * torch.nn.functional.mse_loss(f, t)),
-        8 * n * d,
-        4 * n * d,
+        f"{n}x{d}{at.suffix}",
+        lambda: (at.normal(n, d, requires_grad=True), at.normal(n, d)),
+        ours,
+        eager,
+        2 * at.bytes(n, d),
+        at.bytes(n, d),
         train=True,
     )
 
 
-def _vae(n: int, d: int, hidden: int, latent: int) -> Case:
+def vae(n: int, d: int, hidden: int, latent: int, at: Place) -> Case:
     def make() -> tuple[Any, ...]:
         torch.manual_seed(0)
-        return torch.randn(n, d), bf.FeatureVAE(d, hidden=hidden, latent=latent).eval()
+        return at.normal(n, d), bf.FeatureVAE(d, hidden=hidden, latent=latent).to(at.device, at.dtype).eval()
 
-    def eager(x: Tensor, vae: bf.FeatureVAE) -> Tensor:
-        t = vae.standardize(x)
-        return (t - vae.decode(vae.encode(t)[0])).square().mean(1)
+    def eager(x: Tensor, model: bf.FeatureVAE) -> Tensor:
+        t = model.standardize(x)
+        return (t - model.decode(model.encode(t)[0])).float().square().mean(1)
 
-    return Case("vae_reconstruction_distance", f"{n}x{d}-{hidden}-{latent}", make, bf.vae_reconstruction_distance, eager, 4 * n * d)
-
-
-CASES = {
-    case.key: case
-    for case in (
-        _distance(64, 512),
-        _distance(1024, 1024),
-        _distance(4096, 8192),
-        _distance(4, 4_000_000),
-        _stats((64, 64, 8, 8), "nchw"),
-        _stats((256, 128, 32, 32), "nchw"),
-        _stats((256, 128, 32, 32), "channels_last"),
-        _linf((256, 128, 32, 32), "abs().amax"),
-        _linf((256, 128, 32, 32), "vector_norm"),
-        _loss(64, 512, 1),
-        _loss(4096, 8192, 1),
-        _loss(4096, 8192, 0.5),
-        _vae(256, 128, 256, 4),
-        _vae(16384, 512, 256, 32),
+    return Case(
+        "vae_reconstruction_distance",
+        f"{n}x{d}-{hidden}-{latent}{at.suffix}",
+        make,
+        bf.vae_reconstruction_distance,
+        eager,
+        at.bytes(n, d),
+        flops=4 * n * hidden * (d + latent),
     )
-}
 
 
-def read_limit() -> tuple[Callable[[], Any], int]:
-    """The fastest plain read: torch.dot over 512 MiB, far past every cache; returns the call and its bytes."""
-    big = torch.randn(128 * 1024 * 1024)
-    half = big.numel() // 2
+def on_cpu() -> dict[str, Case]:
+    """The cases of `make bench`."""
+    at = Place()
+    cases = (
+        distance(64, 512, at),
+        distance(1024, 1024, at),
+        distance(4096, 8192, at),
+        distance(4, 4_000_000, at),
+        stats((64, 64, 8, 8), "nchw", at),
+        stats((256, 128, 32, 32), "nchw", at),
+        stats((256, 128, 32, 32), "channels_last", at),
+        linf((256, 128, 32, 32), "abs().amax", at),
+        linf((256, 128, 32, 32), "vector_norm", at),
+        loss(64, 512, 1, at),
+        loss(4096, 8192, 1, at),
+        loss(4096, 8192, 0.5, at),
+        vae(256, 128, 256, 4, at),
+        vae(16384, 512, 256, 32, at),
+    )
+    return {case.key: case for case in cases}
+
+
+def read_limit(elements: int = 128 * 1024 * 1024, device: str = "cpu") -> tuple[Callable[[], Any], int]:
+    """The fastest plain read, torch.dot over two arrays far past every cache; returns the call and its bytes."""
+    big = torch.randn(elements, device=device)
+    half = elements // 2
     return (lambda: torch.dot(big[:half], big[half:])), big.numel() * 4

@@ -7,7 +7,12 @@ import os
 import pytest
 import torch
 
-from .cases import BACKENDS, CASES, RIVALS, read_limit
+import beniful_fast as bf
+
+from .cases import RIVALS, on_cpu, read_limit
+
+CASES = on_cpu()
+BACKENDS = tuple(name for name, (ok, _reason) in bf.backends().items() if ok and name not in ("cuda", "triton"))
 
 TURNS = range(int(os.environ.get("BENIFUL_BENCH_TURNS", "3")))
 ONLY = os.environ.get("ONLY", "")
@@ -21,7 +26,7 @@ _calls: dict[tuple[str, str], object] = {}
 def _call(case: str, candidate: str):
     if (case, candidate) not in _calls:
         torch.manual_seed(0)
-        _calls[case, candidate] = CASES[case].candidate(candidate)
+        _calls[case, candidate] = CASES[case].bind(CASES[case].function(candidate), CASES[case].make())
     return _calls[case, candidate]
 
 

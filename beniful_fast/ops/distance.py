@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, compiled, reference
+from . import _checks, compiled, on_triton, reference
 from ._autograd import differentiable_once
 from .backends import choose
 from .schemas import REDUCTION_CODES, sum_dtype
@@ -18,8 +19,13 @@ P_CODES = {1: 1.0, 2: 2.0, math.inf: math.inf}
 _op = torch.ops.beniful_fast.distance.default
 # The overload's C++ entry skips a Python frame; the dispatcher still sees the call.
 _call = _op._op
-_FORWARD = {"reference": reference.distance, "compile": compiled.distance}
-_BACKWARD = {"reference": reference.distance_backward, "compile": compiled.distance_backward}
+# `cpp` and `cuda` are the raw op itself: the tensor's device picks the library.
+_FORWARD: dict[str, Callable[..., Any]] = {"reference": reference.distance, "compile": compiled.distance, "triton": on_triton.distance}
+_BACKWARD: dict[str, Callable[..., Any]] = {
+    "reference": reference.distance_backward,
+    "compile": compiled.distance_backward,
+    "triton": on_triton.distance_backward,
+}
 
 
 class _Distance(torch.autograd.Function):
@@ -101,7 +107,7 @@ def reconstruction_distance(
             return _call(x, x_hat, None, P_CODES[p], REDUCTION_CODES[reduction])
     except (AttributeError, KeyError, RuntimeError, TypeError):
         pass  # the checks below name the culprit, or take the slow path
-    chosen = choose(backend, x.device if isinstance(x, Tensor) else torch.device("cpu"))
+    chosen = choose("distance", backend, x)
     _checks.floating("x", x, backend=chosen)
     _checks.floating("x_hat", x_hat, backend=chosen)
     _checks.same_shape("x_hat", x_hat, "x", x)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, compiled, reference
+from . import _checks, compiled, on_triton, reference
 from ._autograd import differentiable_once
 from .backends import choose
 from .schemas import KIND_CODES, LOSS_REDUCTION_CODES
 
 _op = torch.ops.beniful_fast.feature_loss.default
-_RUN = {"reference": reference.feature_loss, "compile": compiled.feature_loss}
+_RUN: dict[str, Callable[..., Any]] = {
+    "reference": reference.feature_loss,
+    "compile": compiled.feature_loss,
+    "triton": on_triton.feature_loss,
+}
 
 
 def _scaled(gradients: list[Tensor], upstream: Tensor, *, in_place: bool) -> list[Tensor]:
@@ -134,7 +138,7 @@ def feature_distance_loss(
         RuntimeError: the named backend can't run here; the message says why.
     """
     first = features if isinstance(features, Tensor) else next((f for f in features if isinstance(f, Tensor)), None)
-    chosen = choose(backend, first.device if first is not None else torch.device("cpu"))
+    chosen = choose("feature_loss", backend, first)
     code, how = _checks.code("kind", kind, KIND_CODES), _checks.code("reduction", reduction, LOSS_REDUCTION_CODES)
     layers, goals, shares = _as_lists(features, targets, weights, chosen)
     goals = [goal.detach().to(layer.dtype) for layer, goal in zip(layers, goals, strict=True)]

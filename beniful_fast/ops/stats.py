@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, compiled, reference
+from . import _checks, compiled, on_triton, reference
 from .backends import choose
 from .schemas import NORM_CODES, sum_dtype
 
 _op = torch.ops.beniful_fast.channel_stats.default
-_RUN = {"reference": reference.channel_stats, "compile": compiled.channel_stats}
+_RUN: dict[str, Callable[..., Any]] = {
+    "reference": reference.channel_stats,
+    "compile": compiled.channel_stats,
+    "triton": on_triton.channel_stats,
+}
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -169,7 +174,7 @@ def channel_stats(
         ValueError, TypeError: an argument is off; the message names it.
         RuntimeError: the named backend can't run here; the message says why.
     """
-    chosen = choose(backend, activations.device if isinstance(activations, Tensor) else torch.device("cpu"))
+    chosen = choose("channel_stats", backend, activations)
     _checks.floating("activations", activations, backend=chosen)
     if isinstance(norms, str) or not norms:
         raise ValueError(f"norms: got {norms!r}, takes a sequence of at least one of {', '.join(map(repr, NORM_CODES))}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, compiled, reference
+from . import _checks, compiled, on_triton, reference
 from .backends import choose
 from .distance import _call as _distance
 from .schemas import library, sum_dtype
@@ -21,7 +21,11 @@ CHUNK_ROWS = 1024
 CHUNK_ROWS_HALF = 2048
 
 _op = torch.ops.beniful_fast.vae_distance.default
-_RUN: dict[str, Callable[..., Tensor]] = {"reference": reference.vae_distance, "compile": compiled.vae_distance}
+_RUN: dict[str, Callable[..., Any]] = {
+    "reference": reference.vae_distance,
+    "compile": compiled.vae_distance,
+    "triton": on_triton.vae_distance,
+}
 
 
 def _chunked(
@@ -77,7 +81,7 @@ def vae_reconstruction_distance(x: Tensor, vae: FeatureVAE, *, backend: str | No
         ValueError, TypeError: an argument is off; the message names it.
         RuntimeError: the named backend can't run here; the message says why.
     """
-    chosen = choose(backend, x.device if isinstance(x, Tensor) else torch.device("cpu"))
+    chosen = choose("vae_distance", backend, x)
     _checks.floating("x", x, backend=chosen)
     try:
         parameters = vae.inference_parameters()

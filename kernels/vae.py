@@ -1,0 +1,212 @@
+"""Fused VAE scoring: standardise, encode, mu, decode and distance in one kernel; activations never leave the chip."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .common import INTERPRETED, OPTIONS, check_dtype, on_device, row_stride
+from .distance import distance
+
+MAX_FEATURES, MAX_HIDDEN, MAX_LATENT = 1024, 512, 128
+# Beyond those limits: rows a chunk, so that both layers' outputs stay in L2 and the matrix product still fills the GPU.
+CHUNK_ROWS = 16384
+
+
+@triton.jit
+def _standardized(x_rows, mean, std, begin, inside, D: tl.constexpr, BLOCK: tl.constexpr):
+    """(ROWS, BLOCK) standardised features in float32, 0 outside."""
+    d = begin + tl.arange(0, BLOCK)
+    x = tl.load(x_rows + d[None, :], mask=inside & (d < D)[None, :], other=0.0).to(tl.float32)
+    m = tl.load(mean + d, mask=d < D, other=0.0).to(tl.float32)
+    s = tl.load(std + d, mask=d < D, other=1.0).to(tl.float32)
+    # One division a column instead of one an element: divisions, not the product, would bound the kernel.
+    return (x - m[None, :]) * (1.0 / s)[None, :]
+
+
+@triton.jit
+def _transposed(weight, bias, begin, column, OUT: tl.constexpr, IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr):
+    """A tile of a linear layer's weight (OUT, IN) as (BLOCK_IN, BLOCK_OUT), and its bias in float32; 0 outside."""
+    o = begin + tl.arange(0, BLOCK_OUT)
+    i = column + tl.arange(0, BLOCK_IN)
+    w = tl.load(weight + o[None, :] * IN + i[:, None], mask=(o < OUT)[None, :] & (i < IN)[:, None], other=0.0)
+    b = tl.load(bias + o, mask=o < OUT, other=0.0).to(tl.float32)
+    return w, b
+
+
+@triton.jit
+def _product(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """total + a @ b with a rounded to b's dtype."""
+    a = a.to(b.dtype)
+    if UPCAST:
+        # The interpreter multiplies bfloat16 as if it were integers.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _rectified(h, bias, begin, OUT: tl.constexpr, BLOCK: tl.constexpr):
+    """relu(h + bias) that keeps NaN; padded units are 0, whatever an infinite row made of them."""
+    h += bias[None, :]
+    h = tl.where(h < 0.0, 0.0, h)
+    if OUT % BLOCK != 0:
+        h = tl.where((begin + tl.arange(0, BLOCK) < OUT)[None, :], h, 0.0)
+    return h
+
+
+@triton.jit(do_not_specialize=["n", "x_stride_v"])
+def vae_kernel(
+    x,
+    mean,
+    std,
+    enc_w,
+    enc_b,
+    mu_w,
+    mu_b,
+    dec_w,
+    dec_b,
+    out_w,
+    out_b,
+    out,
+    n,
+    x_stride_v,
+    VEC: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    LATENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Scores of ROWS rows. Hidden layers exist only HIDDEN units at a time, in registers and shared memory."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (ROWS,) int64
+    inside = (rows < n)[:, None]
+    x_rows = x + (rows * (x_stride_v.to(tl.int64) * VEC))[:, None]
+    mu = tl.zeros((ROWS, LATENT), tl.float32)
+    for h in range(0, H, HIDDEN):
+        hidden = tl.zeros((ROWS, HIDDEN), tl.float32)
+        for d in range(0, D, FEATURES):
+            t = _standardized(x_rows, mean, std, d, inside, D, FEATURES)
+            w, _ = _transposed(enc_w, enc_b, h, d, H, D, HIDDEN, FEATURES)
+            hidden = _product(t, w, hidden, PRECISION, UPCAST)
+        w, b = _transposed(mu_w, mu_b, 0, h, K, H, LATENT, HIDDEN)
+        units = h + tl.arange(0, HIDDEN)
+        bias = tl.load(enc_b + units, mask=units < H, other=0.0).to(tl.float32)
+        mu = _product(_rectified(hidden, bias, h, H, HIDDEN), w, mu, PRECISION, UPCAST)
+    k = tl.arange(0, LATENT)
+    mu += tl.load(mu_b + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    if K != LATENT:
+        mu = tl.where((k < K)[None, :], mu, 0.0)
+    # One block of hidden units holds for all outputs; several are made again for each, which costs latent / outputs of the work.
+    if H <= HIDDEN:
+        w, b = _transposed(dec_w, dec_b, 0, 0, H, K, HIDDEN, LATENT)
+        decoded = _rectified(_product(mu, w, tl.zeros((ROWS, HIDDEN), tl.float32), PRECISION, UPCAST), b, 0, H, HIDDEN)
+    total = tl.zeros((ROWS,), tl.float32)
+    for d in range(0, D, OUTPUTS):
+        y = tl.zeros((ROWS, OUTPUTS), tl.float32)
+        if H <= HIDDEN:
+            w, _ = _transposed(out_w, out_b, d, 0, D, H, OUTPUTS, HIDDEN)
+            y = _product(decoded, w, y, PRECISION, UPCAST)
+        else:
+            for h in range(0, H, HIDDEN):
+                w, b = _transposed(dec_w, dec_b, h, 0, H, K, HIDDEN, LATENT)
+                part = _rectified(_product(mu, w, tl.zeros((ROWS, HIDDEN), tl.float32), PRECISION, UPCAST), b, h, H, HIDDEN)
+                w, _ = _transposed(out_w, out_b, d, h, D, H, OUTPUTS, HIDDEN)
+                y = _product(part, w, y, PRECISION, UPCAST)
+        columns = d + tl.arange(0, OUTPUTS)
+        y += tl.load(out_b + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+        diff = _standardized(x_rows, mean, std, d, inside, D, OUTPUTS) - y
+        if D % OUTPUTS != 0:
+            diff = tl.where((columns < D)[None, :], diff, 0.0)
+        total += tl.sum(diff * diff, 1)
+    tl.store(out + rows, total / D, mask=rows < n)
+
+
+def is_fused(x: Tensor, parameters: tuple[Tensor, ...]) -> bool:
+    """Whether one kernel does it all."""
+    hidden, latent = parameters[2].shape[0], parameters[4].shape[0]
+    return x.shape[1] <= MAX_FEATURES and hidden <= MAX_HIDDEN and latent <= MAX_LATENT and parameters[6].shape[0] == hidden
+
+
+def _check(x: Tensor, parameters: tuple[Tensor, ...]) -> None:
+    check_dtype(x)
+    if x.dim() != 2 or len(parameters) != 10 or any(p.dtype != x.dtype or p.device != x.device for p in parameters):
+        raise RuntimeError("x must be (N, D), with ten parameters of its dtype and device")
+    d, h, k, g = x.shape[1], parameters[2].shape[0], parameters[4].shape[0], parameters[6].shape[0]
+    shapes = [(d,), (d,), (h, d), (h,), (k, h), (k,), (g, k), (g,), (d, g), (d,)]
+    for name, p, shape in zip(
+        ("mean", "std", "enc_w", "enc_b", "mu_w", "mu_b", "dec_w", "dec_b", "out_w", "out_b"), parameters, shapes, strict=True
+    ):
+        if p.shape != shape:
+            raise RuntimeError(f"{name} must have shape {shape}, it has {tuple(p.shape)}")
+    if min(d, h, k, g) == 0:
+        raise RuntimeError("layers must not be empty")
+
+
+def _chunked(x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+    """Matrix products of the vendor's library on chunks of rows; the last step is our distance, so the error is never written."""
+    mean, std, *layers = parameters
+    out = torch.empty((x.shape[0],), dtype=torch.float32, device=x.device)
+    for start in range(0, x.shape[0], CHUNK_ROWS):
+        rows = x[start : start + CHUNK_ROWS]
+        t = torch.sub(rows, mean).div_(std)
+        h = t
+        for i in range(0, len(layers), 2):
+            h = torch.addmm(layers[i + 1], h, layers[i].t())
+            if i % 4 == 0:
+                h.relu_()
+        out[start : start + len(rows)] = distance(t, h, None, 2.0, 0)
+    return out
+
+
+def vae_distance(x: Tensor, *parameters: Tensor) -> Tensor:
+    _check(x, parameters)
+    n, width = x.shape
+    if n == 0:
+        return torch.empty((0,), dtype=torch.float32, device=x.device)
+    if not is_fused(x, parameters):
+        return _chunked(x, parameters)
+    out = torch.empty((n,), dtype=torch.float32, device=x.device)
+    hidden, latent = parameters[2].shape[0], parameters[4].shape[0]
+    single = x.dtype == torch.float32
+    launch = configs.settings("vae_float" if single else "vae_half", x, width * hidden)
+    with on_device(x):
+        x = x if x.stride(1) == 1 or width == 1 else x.contiguous()
+        stride = row_stride(x, width)
+        vec = configs.common_alignment(stride)
+        vae_kernel[(configs.ceil_div(n, launch["rows"]),)](
+            x,
+            *[p.contiguous() for p in parameters],
+            out,
+            n,
+            stride // vec,
+            VEC=vec,
+            D=width,
+            H=hidden,
+            K=latent,
+            ROWS=launch["rows"],
+            FEATURES=_tile(width, launch["features"]),
+            HIDDEN=_tile(hidden, launch["hidden"]),
+            OUTPUTS=_tile(width, launch["outputs"]),
+            LATENT=_tile(latent, MAX_LATENT),
+            # Three tf32 products keep float32's digits on tensor cores; one keeps ten bits and breaks the op's tolerance.
+            PRECISION="tf32x3" if single else "ieee",
+            UPCAST=INTERPRETED,
+            num_warps=launch["warps"],
+            num_stages=launch["stages"],
+            **OPTIONS,
+        )
+    return out
+
+
+def _tile(size: int, most: int) -> int:
+    """Tensor cores take 16 or more on every side."""
+    return max(16, min(configs.power_of_two(size), most))
