@@ -21,12 +21,24 @@ _RUN: dict[str, Callable[..., Any]] = {
 }
 
 
-def _scaled(gradients: list[Tensor], upstream: Tensor, *, in_place: bool) -> list[Tensor]:
-    if upstream.dim() == 0:
-        factors = [upstream.to(g.dtype) for g in gradients]
-    else:
-        factors = [upstream.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for g in gradients]
-    return [g.mul_(f) if in_place else g * f for g, f in zip(gradients, factors, strict=True)]
+_SCALE: dict[str, Callable[[list[Tensor], Tensor], None]] = {
+    "cuda": torch.ops.beniful_fast.scale_.default,
+    "triton": on_triton.scale_,
+}
+
+
+def _factor(gradient: Tensor, upstream: Tensor) -> Tensor:
+    return upstream.to(gradient.dtype) if upstream.dim() == 0 else upstream.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
+
+
+def _scale(gradients: list[Tensor], upstream: Tensor, backend: str) -> None:
+    """gradients *= upstream, which costs nothing where it is 1."""
+    if backend in _SCALE:
+        _SCALE[backend](gradients, upstream)
+    # On the CPU reading the value is free; elsewhere it would wait for the device.
+    elif not (upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1):
+        for gradient in gradients:
+            gradient.mul_(_factor(gradient, upstream))
 
 
 class _FeatureLoss(torch.autograd.Function):
@@ -49,9 +61,7 @@ class _FeatureLoss(torch.autograd.Function):
         with torch.no_grad():
             if gradients is None:
                 _, gradients = _RUN.get(ctx.backend, _op)(list(tensors[:half]), list(tensors[half:]), *ctx.constants, True)
-            # On the CPU reading the value is free; elsewhere it would wait for the device.
-            if not (upstream.is_cpu and upstream.dim() == 0 and upstream.item() == 1):
-                gradients = _scaled(gradients, upstream, in_place=True)
+            _scale(gradients, upstream, ctx.backend)
         gradients = [differentiable_once(g, upstream, f) for g, f in zip(gradients, tensors, strict=False)]
         wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad[2:], strict=False)]
         return None, None, *wanted, *[None] * half
@@ -69,7 +79,7 @@ class _TracedFeatureLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        gradients = _scaled(list(ctx.saved_tensors), upstream, in_place=False)
+        gradients = [g * _factor(g, upstream) for g in ctx.saved_tensors]
         return None, None, *gradients, *[None] * len(gradients)
 
 
