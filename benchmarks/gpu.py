@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import beniful_fast as bf
+from beniful_fast.ops.backends import size_key
 
 from .cases import RIVALS, Case, Place, distance, loss, stats, vae
 from .machine import describe
@@ -28,6 +29,12 @@ from .run import RESULTS
 TURNS = 7
 ROTATE_BYTES = 256 * 1024**2  # several times the L2 of any card so far
 MIB = 1024**2
+RAW = {
+    "reconstruction_distance": "distance",
+    "channel_stats": "channel_stats",
+    "feature_distance_loss": "feature_loss",
+    "vae_reconstruction_distance": "vae_distance",
+}
 
 
 def cases(tiny: bool, device: str) -> list[Case]:
@@ -173,7 +180,9 @@ def main() -> None:
     for case in cases(tiny, device):
         if os.environ.get("ONLY", "") not in case.key:
             continue
-        rows = results[case.key] = measure(case, device, names)
+        rows = measure(case, device, names)
+        first = case.make()[0]
+        results[case.key] = {"op": case.op, "key": size_key(RAW[case.op.split()[0]], first.dtype, first.numel()), "candidates": rows}
         for name, row in rows.items():
             suffix = ", graph" if name.endswith(", graph") else ""
             rivals = [

@@ -48,6 +48,15 @@ def test_the_kernels_package_imports_without_triton():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_kernels_package_imports_from_a_tree_that_is_not_installed():
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')];"
+        f"sys.path.insert(0, {str(ROOT)!r}); import beniful_fast.kernels.configs as configs; print(configs.__file__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert Path(run.stdout.strip()) == ROOT / "kernels" / "configs.py"
+
+
 @pytest.mark.parametrize("name", ["_C", "_native"])
 def test_a_wrong_isa_is_named(name):
     if importlib.util.find_spec(f"beniful_fast.{name}") is None:
