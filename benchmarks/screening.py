@@ -6,6 +6,7 @@ Detection: several seeds, AUROC over inputs that reach the target, beside it the
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import os
@@ -131,31 +132,45 @@ def detection(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    machine, rates = describe(), speed()
+def show_speed(rates: dict[str, float], console: Console) -> None:
     faster = max(rates["bare nchw"], rates["bare channels_last"])
-    console = Console(width=130)
     console.print(
         f"ResNet-18, CIFAR stem, float32, batches of {BATCH}: screening {rates['screen']:.0f} images/s, bare forward pass", end=" "
     )
     console.print(
         f"{rates['bare nchw']:.0f} (NCHW) and {rates['bare channels_last']:.0f} (channels_last): {rates['screen'] / faster:.2f} of it"
     )
-    folder = os.environ.get("BENIFUL_DATA")
-    rows = detection(Path(folder)) if folder else []
-    if rows:
-        columns = ("AUROC", "TPR", "FPR", "AUROC on the clean network")
-        table = Table(
-            "network", "score", *columns, title=f"mean [min, max] of {len(SEEDS)} seeds; 2,500 clean CIFAR-10 test images, fpr 0.05"
-        )
-        for key in dict.fromkeys((row["network"], row["score"]) for row in rows):
-            mine = [row for row in rows if (row["network"], row["score"]) == key]
-            cells = [[row[column] for row in mine] for column in columns]
-            table.add_row(*key, *[f"{statistics.mean(c):.3f} \\[{min(c):.3f}, {max(c):.3f}]" for c in cells])
-        console.print(table)
-    path = RESULTS / f"screening-{machine['date']}.json"
-    path.write_text(json.dumps({"machine": machine, "images_per_second": rates, "detection": rows}, indent=1) + "\n")
-    print(f"written to {path}")
+
+
+def show_detection(rows: list[dict[str, Any]], console: Console) -> None:
+    columns = ("AUROC", "TPR", "FPR", "AUROC on the clean network")
+    table = Table("network", "score", *columns, title=f"mean [min, max] of {len(SEEDS)} seeds; 2,500 clean CIFAR-10 test images, fpr 0.05")
+    for key in dict.fromkeys((row["network"], row["score"]) for row in rows):
+        mine = [row for row in rows if (row["network"], row["score"]) == key]
+        cells = [[row[column] for row in mine] for column in columns]
+        table.add_row(*key, *[f"{statistics.mean(c):.3f} \\[{min(c):.3f}, {max(c):.3f}]" for c in cells])
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("speed", "detection"), help="only this part; both by default")
+    part = parser.parse_args().part
+    machine, console, folder = describe(), Console(width=130), os.environ.get("BENIFUL_DATA")
+    found: dict[str, Any] = {}
+    if part != "detection":
+        found["images_per_second"] = speed()
+        show_speed(found["images_per_second"], console)
+    if part != "speed" and folder:
+        found["detection"] = detection(Path(folder))
+        show_detection(found["detection"], console)
+    elif part == "detection":
+        raise SystemExit("benchmarks.screening: detection needs BENIFUL_DATA, a folder with cifar10/ and models/")
+    RESULTS.mkdir(exist_ok=True)
+    for name, value in found.items():
+        path = RESULTS / f"screening-{name.replace('_', '-')}-{machine['date']}.json"
+        path.write_text(json.dumps({"machine": machine, name: value}, indent=1) + "\n")
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":
