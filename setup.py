@@ -69,6 +69,8 @@ class CMakeBuild(build_ext):
             "BF_NATIVE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "BF_VERSION": self.distribution.get_version(),
             "CMAKE_BUILD_TYPE": "Release",
+            # BENIFUL_CUDA=0: minutes saved where no GPU is meant.
+            "BF_CUDA": "OFF" if os.environ.get("BENIFUL_CUDA") == "0" else "ON",
         }
         generator = ["-G", "Ninja"] if ninja else []
         subprocess.run(["cmake", *generator, "-S", ROOT, "-B", folder, *(f"-D{key}={value}" for key, value in options.items())], check=True)
@@ -92,7 +94,7 @@ class CMakeBuild(build_ext):
             return
         why = self.failed or "its tools or headers are missing"
         message = f"{ext.name} was not built ({why}); the package works without it, but slower"
-        cuda_is_missing = ext.name.endswith("_C_cuda") and not shutil.which("nvcc")
+        cuda_is_missing = ext.name.endswith("_C_cuda") and (os.environ.get("BENIFUL_CUDA") == "0" or not shutil.which("nvcc"))
         if REQUIRE and not cuda_is_missing:
             raise RuntimeError(message)
         target.unlink(missing_ok=True)

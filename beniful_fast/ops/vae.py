@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 # Measured: chunks of 1024 to 2048 rows keep both layers' outputs in L2 and still feed the matrix product; 128 loses.
 CHUNK_ROWS = 1024
 CHUNK_ROWS_HALF = 2048
+# Enough rows to fill a GPU, few enough that the reconstruction stays a small part of its memory.
+CHUNK_ROWS_GPU = 16384
 
 _op = torch.ops.beniful_fast.vae_distance.default
 _RUN: dict[str, Callable[..., Any]] = {
@@ -41,10 +45,11 @@ def _chunked(
     out_w: Tensor,
     out_b: Tensor,
 ) -> Tensor:
-    """CPU: matrix products into reused buffers that stay in cache, then our distance, chunk by chunk."""
+    """Matrix products into reused buffers that stay in cache, then our distance, chunk by chunk."""
     n = x.shape[0]
     out = x.new_empty((n,), dtype=sum_dtype(x.dtype))
-    chunk = min(max(n, 1), CHUNK_ROWS if x.dtype in (torch.float32, torch.float64) else CHUNK_ROWS_HALF)
+    cpu_rows = CHUNK_ROWS if x.dtype in (torch.float32, torch.float64) else CHUNK_ROWS_HALF
+    chunk = min(max(n, 1), cpu_rows if x.is_cpu else CHUNK_ROWS_GPU)
     layers = [(w.t(), b) for w, b in ((enc_w, enc_b), (mu_w, mu_b), (dec_w, dec_b), (out_w, out_b))]
     t_all = x.new_empty((chunk, x.shape[1]))
     buffers = [x.new_empty((chunk, w.shape[1])) for w, _ in layers]
@@ -61,6 +66,24 @@ def _chunked(
 
 
 library.impl("vae_distance", _chunked, "CPU")
+
+
+@functools.cache
+def _fits(index: int, dim: int, hidden: int, latent: int, element_size: int) -> bool:
+    """Whether the fused CUDA kernel takes these sizes on this device: its activations must fit into shared memory."""
+    shared = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    return bool(importlib.import_module("beniful_fast._C_cuda").vae_fits(dim, hidden, latent, element_size, shared))
+
+
+def _on_cuda(x: Tensor, *parameters: Tensor) -> Tensor:
+    """The fused kernel, or beyond its sizes matrix products by chunk and our distance."""
+    (hidden, dim), latent = parameters[2].shape, parameters[4].shape[0]
+    if torch.compiler.is_compiling():  # a graph can't ask the device; the kernel itself refuses what does not fit
+        return _op(x, *parameters) if dim <= 1024 and hidden <= 512 and latent <= 64 else reference.vae_distance(x, *parameters)
+    return (_op if _fits(x.get_device(), dim, hidden, latent, x.element_size()) else _chunked)(x, *parameters)
+
+
+_RUN["cuda"] = _on_cuda
 
 
 def vae_reconstruction_distance(x: Tensor, vae: FeatureVAE, *, backend: str | None = None) -> Tensor:

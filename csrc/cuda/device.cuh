@@ -1,22 +1,15 @@
 // What the kernels share: 16-byte loads with a fallback, conversions, sums over groups of threads in a fixed order.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels.h"
+#include "ptx.cuh"
 
 namespace bf::cuda {
 
-using bfloat16 = __nv_bfloat16;
-using float16 = __half;
-
 template <class T> constexpr int kWide = 16 / sizeof(T);   // elements of 16 bytes
 template <int N> struct Int { static constexpr int value = N; };
-
-#define BF_DEVICE __device__ __forceinline__
 
 BF_DEVICE uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }   // orders like |x|, NaN on top
 BF_DEVICE float2 two_floats(uint32_t u, bfloat16) { return make_float2(__uint_as_float(u << 16), __uint_as_float(u & 0xffff0000u)); }
@@ -56,9 +49,10 @@ template <class T> BF_DEVICE uint4 pack(const Floats<T>& f) {
 }
 
 // 16 bytes in loads of WIDTH bytes. Which thread gets which element never depends on the alignment, so neither do the bits.
-template <class T, int WIDTH> BF_DEVICE uint4 load(const T* p) {
+// FIXED: nothing writes there while the kernel runs.
+template <class T, int WIDTH, bool FIXED = true> BF_DEVICE uint4 load(const T* p) {
   if constexpr (WIDTH == 16) {
-    return *reinterpret_cast<const uint4*>(p);
+    return FIXED ? load_fixed(p) : load_words(p);
   } else if constexpr (WIDTH == 4) {
     const uint32_t* q = reinterpret_cast<const uint32_t*>(p);
     return make_uint4(q[0], q[1], q[2], q[3]);
@@ -77,7 +71,7 @@ template <class T> BF_DEVICE Floats<T> load_some(const T* p, int64_t count) {
 template <class T, int WIDTH> BF_DEVICE void store(T* p, const Floats<T>& f) {
   const uint4 v = pack<T>(f);
   if constexpr (WIDTH == 16) {
-    *reinterpret_cast<uint4*>(p) = v;
+    store_words(p, v);
   } else if constexpr (WIDTH == 4) {
     uint32_t* q = reinterpret_cast<uint32_t*>(p);
     q[0] = v.x, q[1] = v.y, q[2] = v.z, q[3] = v.w;

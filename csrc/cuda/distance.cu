@@ -49,7 +49,7 @@ template <class T, int P, bool W> struct Part {
 };
 
 template <class T, int P, bool W>
-__global__ void __launch_bounds__(kThreads, 4) forward(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kThreads, 3) forward(const __grid_constant__ Args a) {
   constexpr int wide = kWide<T>, U = W ? 2 : 4;   // loads of x and of y under way
   const int lanes = a.lanes, groups = kThreads / lanes, lane = threadIdx.x & (lanes - 1);
   for (int64_t first = int64_t(blockIdx.x) * groups; first < a.units; first += int64_t(gridDim.x) * groups) {

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) add_ties(const __grid_constant__ Arg
   }
 }
 
-template <class T, bool W> __global__ void __launch_bounds__(kThreads) backward(const __grid_constant__ Args a) {
+template <class T, bool W> __global__ void __launch_bounds__(kThreads, 3) backward(const __grid_constant__ Args a) {
   constexpr int wide = kWide<T>;
   const int lanes = a.lanes, groups = kThreads / lanes, lane = threadIdx.x & (lanes - 1);
   for (int64_t first = int64_t(blockIdx.x) * groups; first < a.units; first += int64_t(gridDim.x) * groups) {

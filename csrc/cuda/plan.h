@@ -89,7 +89,7 @@ BF_BOTH StatsCut cut_rows(int64_t samples, int64_t channels, int64_t inner, int6
 }
 
 // The fused VAE: rows of one tile kept in shared memory, weights streamed through stages of 128 bytes of k.
-constexpr int64_t kVaeMostHidden = 512, kVaeMostLatent = 64;
+constexpr int64_t kVaeMostDim = 1024, kVaeMostHidden = 512, kVaeMostLatent = 64;
 constexpr int64_t kVaeColumns = 256;   // columns of one pass of the eight warps
 struct VaePlan {
   int rows;     // of a tile; 0: the device has too little shared memory

@@ -39,7 +39,7 @@ template <class T> __global__ void __launch_bounds__(kThreads) multiply(const __
       constexpr int B = decltype(width)::value;
       int j = (threadIdx.x & (one.lanes - 1)) * kWide<T>;
 #pragma unroll 4
-      for (; j + kWide<T> <= count; j += one.lanes * kWide<T>) store<T, B>(g + j, scaled(unpack<T>(load<T, B>(g + j))));
+      for (; j + kWide<T> <= count; j += one.lanes * kWide<T>) store<T, B>(g + j, scaled(unpack<T>(load<T, B, false>(g + j))));
       if (j < count) store_some(g + j, scaled(load_some<T>(g + j, count - j)), count - j);
     });
   }

@@ -91,7 +91,7 @@ template <class T, int EACH> struct Group {
 };
 template <class T, int EACH> BF_DEVICE Group<T, EACH> group_at(const T* p) {
   if constexpr (EACH == kWide<T>) {
-    const Floats<T> f = unpack<T>(*reinterpret_cast<const uint4*>(p));
+    const Floats<T> f = unpack<T>(load<T, 16>(p));
     Group<T, EACH> g;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) g.at[i] = f.at[i];

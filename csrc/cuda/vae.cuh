@@ -32,12 +32,6 @@ template <class T, int ROWS> struct VaeKernel {
         hidden(shared_address(shared)), hidden_stride(uint32_t(plan.hidden_bytes)), area(hidden + ROWS * hidden_stride), stage(uint32_t(plan.stage_bytes)),
         warp(threadIdx.x / 32), lane(threadIdx.x % 32), warp_row(warp / 4 * kWarpRows), warp_column(warp % 4 * 64) {}
 
-  // One ulp off at most; a scale is never subnormal (its floor is 1e-6).
-  static BF_DEVICE float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-    return y;
-  }
   static BF_DEVICE float parameter(const void* p, int i, int n) { return i < n ? to_float(static_cast<const T*>(p)[i]) : 0.0f; }
 
   // x, standardised: this thread's 16-byte unit of a block of k, of rows threadIdx.x / 8 + 32 i.
