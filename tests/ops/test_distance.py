@@ -159,7 +159,9 @@ def test_any_input_is_like_the_reference_in_kind(backend, data):
     """NaN, inf and finite come out where the reference has them."""
     shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=70))
     values = st.one_of(st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -0.0]), st.floats(-1e3, 1e3, width=32))
-    x, y = (torch.from_numpy(data.draw(hnp.arrays(np.float32, shape, elements=values))) for _ in range(2))
+    dtype, step = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(1, 3))
+    x, y = (torch.from_numpy(data.draw(hnp.arrays(np.float32, shape, elements=values))).to(dtype) for _ in range(2))
+    x, y = x[:, ::step], y.t().contiguous().t()[:, ::step] if data.draw(st.booleans()) else y[:, ::step]
     p = data.draw(st.sampled_from(POWERS))
     got, want = (bf.reconstruction_distance(x, y, p=p, backend=b) for b in (backend, "reference"))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-30, equal_nan=True)

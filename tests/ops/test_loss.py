@@ -172,6 +172,9 @@ def test_any_finite_input_is_like_the_reference(backend, data):
     values = st.floats(-100, 100, width=16)
     f, t = (torch.from_numpy(data.draw(hnp.arrays(np.float32, shape, elements=values))) for _ in range(2))
     kind, margin = data.draw(st.sampled_from(KINDS)), data.draw(st.sampled_from((None, 0.5)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    f, t = f.to(dtype)[..., :: data.draw(st.integers(1, 2))], t.to(dtype)[..., : f.shape[-1]]
+    t = t[..., : f.shape[-1]]
     f.requires_grad_()
     mine, its = (bf.feature_distance_loss(f, t, kind=kind, margin=margin, backend=b) for b in (backend, "reference"))
     torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)

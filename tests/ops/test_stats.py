@@ -114,7 +114,7 @@ def test_merge_refuses_what_does_not_match():
 def test_any_input_is_like_the_reference(backend, data):
     shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=4, min_side=1, max_side=20))
     values = st.one_of(st.sampled_from([math.nan, math.inf, -0.0]), st.floats(-1e6, 1e6, width=32))
-    a = torch.from_numpy(data.draw(hnp.arrays(np.float32, shape, elements=values)))
+    a = torch.from_numpy(data.draw(hnp.arrays(np.float32, shape, elements=values))).to(data.draw(st.sampled_from(DTYPES)))
     a = a.permute(0, *data.draw(st.permutations(range(1, a.dim()))))
     dim, per_sample = data.draw(st.integers(1, a.dim() - 1)), data.draw(st.booleans())
     mine, its = (bf.channel_stats(a, dim=dim, per_sample=per_sample, backend=b) for b in (backend, "reference"))
