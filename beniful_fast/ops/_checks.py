@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -44,3 +45,30 @@ def same_shape(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
 def not_empty_rows(name: str, value: Tensor) -> None:
     if value.shape[1:].numel() == 0:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, rows without elements; takes at least one element a row")
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a float that is not NaN."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {value!r}, takes a number") from None
+    if found != found:
+        raise ValueError(f"{name}: got NaN, takes a number")
+    return found
+
+
+def forward_mode() -> bool:
+    """Whether some forward-mode derivative is being taken (`torch.func.jvp`, `forward_ad.dual_level`)."""
+    return forward_ad._current_level >= 0
+
+
+def no_tangent(name: str, value: Tensor, backend: str) -> None:
+    """The kernels would drop a tangent without a word; plain PyTorch carries it."""
+    if (
+        backend != "reference"
+        and not torch.compiler.is_compiling()
+        and forward_mode()
+        and forward_ad.unpack_dual(value).tangent is not None
+    ):
+        raise RuntimeError(f"{name}: it carries a forward-mode tangent, which the {backend!r} backend does not; use backend='reference'")

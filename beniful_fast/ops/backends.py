@@ -129,7 +129,7 @@ def choose(op: str, backend: str | None, x: Any) -> str:
         if device == "cuda" and x.dtype != torch.float64:  # the GPU kernels take no float64
             return _preferred(op, x)
         return _CHOICES["cpu"] if device == "cpu" else "reference"
-    if backend not in _VERDICTS:
+    if not isinstance(backend, str) or backend not in _VERDICTS:
         raise ValueError(f"backend: got {backend!r}, takes None or one of {', '.join(map(repr, _VERDICTS))}")
     ok, reason = _VERDICTS[backend]
     if not ok:

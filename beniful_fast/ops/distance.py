@@ -102,6 +102,8 @@ def reconstruction_distance(
             and weight is None
             and not torch.compiler.is_compiling()
             and x.is_cpu
+            and x_hat.is_cpu
+            and not _checks.forward_mode()
             and not (torch.is_grad_enabled() and (x.requires_grad or x_hat.requires_grad))
         ):
             return _call(x, x_hat, None, P_CODES[p], REDUCTION_CODES[reduction])
@@ -112,6 +114,8 @@ def reconstruction_distance(
     _checks.floating("x_hat", x_hat, backend=chosen)
     _checks.same_shape("x_hat", x_hat, "x", x)
     _checks.not_empty_rows("x", x)
+    _checks.no_tangent("x", x, chosen)
+    _checks.no_tangent("x_hat", x_hat, chosen)
     power, how = _checks.code("p", p, P_CODES), _checks.code("reduction", reduction, REDUCTION_CODES)
     if weight is not None:
         weight = _checked_weight(weight, x, chosen)

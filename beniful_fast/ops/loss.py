@@ -28,7 +28,8 @@ _SCALE: dict[str, Callable[[list[Tensor], Tensor], None]] = {
 
 
 def _factor(gradient: Tensor, upstream: Tensor) -> Tensor:
-    return upstream.to(gradient.dtype) if upstream.dim() == 0 else upstream.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
+    """Not in the gradient's dtype: a loss scale of 65536 is infinite in float16."""
+    return upstream if upstream.dim() == 0 else upstream.view(-1, *[1] * (gradient.dim() - 1))
 
 
 def _scale(gradients: list[Tensor], upstream: Tensor, backend: str) -> None:
@@ -79,7 +80,7 @@ class _TracedFeatureLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        gradients = [g * _factor(g, upstream) for g in ctx.saved_tensors]
+        gradients = [(g * _factor(g, upstream)).to(g.dtype) for g in ctx.saved_tensors]
         return None, None, *gradients, *[None] * len(gradients)
 
 
@@ -98,6 +99,7 @@ def _as_lists(features: Any, targets: Any, weights: Sequence[float] | None, back
         _checks.floating(goal_name, goal, backend=backend)
         _checks.same_shape(goal_name, goal, name, feature)
         _checks.not_empty_rows(name, feature)
+        _checks.no_tangent(name, feature, backend)
         if (feature.shape[0], feature.device) != (layers[0].shape[0], layers[0].device):
             want = f"{layers[0].shape[0]} on {layers[0].device} like the first layer"
             raise ValueError(f"{name}: got {feature.shape[0]} samples on {feature.device}, takes {want}")
@@ -105,9 +107,11 @@ def _as_lists(features: Any, targets: Any, weights: Sequence[float] | None, back
         return layers, goals, [1 / len(layers)] * len(layers)
     if isinstance(weights, Tensor):
         weights = weights.tolist()
+    if not isinstance(weights, Sequence):
+        raise TypeError(f"weights: got {weights!r}, takes a sequence of one number a layer")
     if len(weights) != len(layers):
         raise ValueError(f"weights: got {len(weights)} weights, takes one a layer, {len(layers)}")
-    return layers, goals, [float(w) for w in weights]
+    return layers, goals, [_checks.number("weights", w) for w in weights]
 
 
 def feature_distance_loss(
@@ -129,7 +133,8 @@ def feature_distance_loss(
     A margin m replaces r_i by max(0, m - r_i). The loss of a layer is mean_i r_i, the total sum_l w_l * loss_l.
 
     The forward pass writes the gradient as well, so put constant factors into `weights`: with an upstream gradient of 1 backward costs
-    nothing. Targets get no gradient; sub-gradients are 0 where undefined (f = t, r = m). Double backward raises.
+    nothing. Targets get no gradient; sub-gradients are 0 where undefined (f = t, r = m). Double backward raises. float16 features
+    that need a gradient are converted to float32 first, so that a loss scale reaches the gradient before it underflows.
 
     Args:
         features: (N, ...) or a list of them, one a layer; float32, float16, bfloat16 or float64 (float64 not on "cuda" and "triton").
@@ -147,15 +152,21 @@ def feature_distance_loss(
         ValueError, TypeError: an argument is off; the message names it.
         RuntimeError: the named backend can't run here; the message says why.
     """
+    if not isinstance(features, Tensor | Sequence):
+        raise TypeError(f"features: got {type(features).__name__}, takes a tensor or a list of tensors")
     first = features if isinstance(features, Tensor) else next((f for f in features if isinstance(f, Tensor)), None)
     chosen = choose("feature_loss", backend, first)
     code, how = _checks.code("kind", kind, KIND_CODES), _checks.code("reduction", reduction, LOSS_REDUCTION_CODES)
     layers, goals, shares = _as_lists(features, targets, weights, chosen)
+    differentiated = torch.is_grad_enabled() and any(layer.requires_grad for layer in layers)
+    if differentiated:
+        # Stored in float16, a gradient of 1 / (N D) underflows before a loss scale could save it.
+        layers = [layer.float() if layer.dtype == torch.float16 else layer for layer in layers]
     goals = [goal.detach().to(layer.dtype) for layer, goal in zip(layers, goals, strict=True)]
     if how == 0 and layers[0].shape[0] == 0:
         raise ValueError("features: got no samples, the mean over them is undefined; use reduction='none' or skip the batch")
-    constants = (shares, code, None if margin is None else float(margin), how)
-    if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
+    constants = (shares, code, None if margin is None else _checks.number("margin", margin), how)
+    if differentiated:
         if torch.compiler.is_compiling():
             # As views, because dynamo refuses one tensor in two places.
             return _TracedFeatureLoss.apply(constants, chosen, *[layer.view_as(layer) for layer in layers], *goals)

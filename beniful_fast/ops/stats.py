@@ -33,7 +33,7 @@ def _sum(norm: Tensor | None) -> Tensor | None:
     return None if norm is None else norm.double().sum(0)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class ChannelStats:
     """Norms of each channel's activations; partial results merge, so batches and ranks can be streamed.
 
@@ -65,6 +65,8 @@ class ChannelStats:
         Raises:
             ValueError: the two differ in channels, in `per_sample`, or in elements a sample.
         """
+        if not isinstance(other, ChannelStats):
+            raise TypeError(f"other: got {type(other).__name__}, takes ChannelStats")
         if self.per_sample != other.per_sample:
             raise ValueError(f"other: per_sample is {other.per_sample}, takes {self.per_sample} like the statistics it merges into")
         mine, its = self._channels(), other._channels()
@@ -111,7 +113,7 @@ class ChannelStats:
         return f"ChannelStats({', '.join(norms)}; channels={self._channels()}, count={self.count}{samples})"
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class SampleMean:
     """Mean over samples of the per-sample norms: `linf`, `l1`, `l2` are (C,), `samples` says over how many."""
 
@@ -134,7 +136,17 @@ class SampleMean:
         return self._mean(self.l2_sum)
 
     def merge(self, other: SampleMean) -> SampleMean:
-        """The means over both sets of samples."""
+        """The means over both sets of samples.
+
+        Raises:
+            TypeError, ValueError: `other` is no SampleMean, or has another number of channels.
+        """
+        if not isinstance(other, SampleMean):
+            raise TypeError(f"other: got {type(other).__name__}, takes a SampleMean")
+        for name in NORM_CODES:
+            mine, its = getattr(self, f"{name}_sum"), getattr(other, f"{name}_sum")
+            if mine is not None and its is not None and mine.shape != its.shape:
+                raise ValueError(f"other: it has {len(its)} channels, takes {len(mine)} like the mean it merges into")
         sums = _add(self.linf_sum, other.linf_sum), _add(self.l1_sum, other.l1_sum), _add(self.l2_sum, other.l2_sum)
         return SampleMean(*sums, self.samples + other.samples, torch.promote_types(self.dtype, other.dtype))
 
@@ -176,7 +188,7 @@ def channel_stats(
     """
     chosen = choose("channel_stats", backend, activations)
     _checks.floating("activations", activations, backend=chosen)
-    if isinstance(norms, str) or not norms:
+    if isinstance(norms, str) or not isinstance(norms, Sequence) or not norms:
         raise ValueError(f"norms: got {norms!r}, takes a sequence of at least one of {', '.join(map(repr, NORM_CODES))}")
     bits = 0
     for norm in norms:

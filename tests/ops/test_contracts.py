@@ -199,6 +199,21 @@ ERRORS = {
         [torch.randn(3, 4), torch.randn(2, 4)], [torch.randn(3, 4), torch.randn(2, 4)]
     ),
     "kind: got 'l2'": lambda: bf.feature_distance_loss(torch.randn(3, 4), torch.randn(3, 4), kind="l2"),
+    "x_hat: got device meta": lambda: bf.reconstruction_distance(torch.randn(3, 4), torch.randn(3, 4, device="meta")),
+    "features: got NoneType": lambda: bf.feature_distance_loss(None, torch.randn(3, 4)),
+    "margin: got 'a'": lambda: bf.feature_distance_loss(torch.randn(3, 4), torch.randn(3, 4), margin="a"),
+    "margin: got NaN": lambda: bf.feature_distance_loss(torch.randn(3, 4), torch.randn(3, 4), margin=float("nan")),
+    "weights: got 0.5": lambda: bf.feature_distance_loss(torch.randn(3, 4), torch.randn(3, 4), weights=0.5),
+    "norms: got 5": lambda: bf.channel_stats(torch.ones(3, 4), norms=5),
+    "backend: got ['cpp']": lambda: bf.channel_stats(torch.ones(3, 4), backend=["cpp"]),
+    "other: it has 3 channels": lambda: (
+        bf.channel_stats(torch.ones(2, 5, 4), per_sample=True)
+        .sample_mean()
+        .merge(bf.channel_stats(torch.ones(2, 3, 4), per_sample=True).sample_mean())
+    ),
+    "x: it carries a forward-mode tangent": lambda: torch.func.jvp(
+        lambda x: bf.reconstruction_distance(x, torch.zeros(3, 4), backend=RUNNABLE[-1]), (torch.randn(3, 4),), (torch.ones(3, 4),)
+    ),
     "weights: got 1 weights": lambda: bf.feature_distance_loss([torch.randn(3, 4)] * 2, [torch.randn(3, 4)] * 2, weights=[1.0]),
 }
 
