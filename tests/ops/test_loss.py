@@ -119,7 +119,7 @@ def test_a_loss_scale_reaches_a_half_precision_gradient(backend, dtype):
     """65536 is infinite in float16, and the gradient without it underflows there."""
     f, t = torch.randn(64, 4096), torch.randn(64, 4096)
     half = f.to(dtype).requires_grad_()
-    (65536 * bf.feature_distance_loss(half, t, backend=backend)).backward()
+    (65536 * bf.feature_distance_loss(half, t.to(dtype), backend=backend)).backward()
     want = 65536 * 2 * (half.detach().float() - t.to(dtype).float()) / f.numel()
     torch.testing.assert_close(half.grad.float(), want, rtol=3 * torch.finfo(dtype).eps, atol=1e-6)
 
