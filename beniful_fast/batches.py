@@ -28,7 +28,7 @@ def _images_of(batch: Any, name: str) -> Tensor:
     return found
 
 
-def _keys_of(batch: Any, n: int, row: int) -> list[Any]:
+def _keys_of(batch: Any, n: int, row: int, name: str) -> list[Any]:
     keys = None
     if isinstance(batch, Mapping):
         keys = next((batch[key] for key in KEY_KEYS if key in batch), None)
@@ -36,9 +36,13 @@ def _keys_of(batch: Any, n: int, row: int) -> list[Any]:
         keys = batch[2]
     if keys is None:
         return list(range(row, row + n))
+    if isinstance(keys, Mapping) or not hasattr(keys, "__iter__") or (isinstance(keys, Tensor) and keys.dim() == 0):
+        raise TypeError(
+            f"{name}: got {type(keys).__name__} for the keys of a batch of {n} images, takes a list or tensor with one an image"
+        )
     keys = keys.tolist() if isinstance(keys, Tensor) else list(keys) if not isinstance(keys, str) else [keys]
     if len(keys) != n:
-        raise ValueError(f"keys: got {len(keys)} for a batch of {n} images, takes one an image")
+        raise ValueError(f"{name}: got {len(keys)} keys for a batch of {n} images, takes one an image")
     return keys
 
 
@@ -54,11 +58,11 @@ def check_images(x: Tensor, name: str) -> None:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes a batch of images (N, C, H, W){cure}")
 
 
-def batches(data: Any, name: str, batch_size: int, first_row: int = 0) -> Iterator[tuple[Tensor, list[Any]]]:
+def batches(data: Any, name: str, batch_size: int, first_row: int = 0, *, keyed: bool = True) -> Iterator[tuple[Tensor, list[Any]]]:
     """Yields (images (N, ...), keys) in the data's order.
 
     A tensor or Dataset is cut into batches of `batch_size`, a DataLoader or other iterable keeps its own. Keys: third element of a batch,
-    or "key", "path", ... in a dict, else row numbers from `first_row`. Empty batches are passed over.
+    or "key", "path", ... in a dict, else row numbers from `first_row`; not `keyed` looks for none. Empty batches are passed over.
     """
     if isinstance(data, Tensor):
         check_images(data, name)
@@ -78,7 +82,7 @@ def batches(data: Any, name: str, batch_size: int, first_row: int = 0) -> Iterat
     for batch in source:
         x = _images_of(batch, name)
         check_images(x, name)
-        keys = _keys_of(batch, len(x), row)
+        keys = _keys_of(batch, len(x), row, name) if keyed else []
         row += len(x)
         if len(x):
             yield x, keys

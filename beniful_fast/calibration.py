@@ -6,7 +6,6 @@ fact that the false-positive rate of the r-th largest of n calibration scores is
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -30,8 +29,8 @@ def images_needed(fpr: float, *, guarantee: str = "marginal", delta: float = 0.0
 
 def _log_binomial_terms(n: int, fpr: float) -> Tensor:
     """log P(Bin(n, fpr) = k) for k = 0..n, float64."""
-    k = torch.arange(n + 1, dtype=torch.float64)
-    top = torch.tensor(float(n + 1), dtype=torch.float64).lgamma()
+    k = torch.arange(n + 1, dtype=torch.float64, device="cpu")
+    top = math.lgamma(n + 1)
     return top - (k + 1).lgamma() - (n - k + 1).lgamma() + k * math.log(fpr) + (n - k) * math.log1p(-fpr)
 
 
@@ -49,48 +48,63 @@ def pac_rank(n: int, fpr: float, delta: float) -> int:
     return int((below <= delta).sum())
 
 
-def _upper_bounds(n: int, delta: float) -> Tensor:
-    """For m = 0..n: the (1 - delta) upper confidence bound of the rate above a score with m calibration scores at or over it, (n + 1,).
+def _upper_bounds(m: Tensor, n: int, delta: float) -> Tensor:
+    """The (1 - delta) upper confidence bound of the rate at or above a score with m of n calibration scores at or over it; m is (M,) int64.
 
-    The 1 - delta quantile of Beta(m + 1, n - m), by bisection on P(Bin(n, q) <= m) = delta.
+    The 1 - delta quantile of Beta(m + 1, n - m), by Newton's method kept in a shrinking bracket, from Wilson's bound; 1 for m = n.
     """
-    low, high = torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
-    m = torch.arange(n, dtype=torch.float64)
-    for _ in range(48):
-        middle = (low + high) / 2
-        over = _beta_cdf(middle, m + 1, n - m) >= 1 - delta
-        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
-    return torch.cat([high, high.new_ones(1)])
+    a, b = m.double() + 1, (n - m).double().clamp_min(1)
+    z2 = float(torch.special.ndtri(torch.tensor(1 - delta, dtype=torch.float64, device="cpu"))) ** 2
+    rate = a / n
+    x = (rate + z2 / (2 * n) + ((z2 * (rate * (1 - rate)).clamp_min(0) + z2 * z2 / (4 * n)) / n).sqrt()) / (1 + z2 / n)
+    low, high = torch.zeros_like(x), torch.ones_like(x)
+    x = x.clamp(1e-12, 1 - 1e-12)
+    constant = (a + b).lgamma() - a.lgamma() - b.lgamma()
+    done = m >= n
+    for _ in range(60):
+        excess = _beta_cdf(x, a, b) - (1 - delta)
+        low, high = torch.where(excess < 0, x, low), torch.where(excess < 0, high, x)
+        density = (constant + (a - 1) * x.log() + (b - 1) * torch.log1p(-x)).exp()
+        newton = x - excess / density
+        close = (newton - x).abs() <= 1e-10 * torch.minimum(x, 1 - x)
+        new = torch.where(close | ((newton > low) & (newton < high)), newton, (low + high) / 2)
+        # What has converged stays, so that a value does not depend on those it is computed beside.
+        x = torch.where(done, x, new)
+        done |= close
+        if bool(done.all()):
+            break
+    return torch.where(m >= n, 1.0, x)
 
 
 def _beta_cdf(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Regularised incomplete beta function, float64, by Lentz's continued fraction."""
+    """Regularised incomplete beta function, float64, by Lentz's continued fraction, which takes some sqrt(a + b) steps."""
     flip = x > (a + 1) / (a + b + 2)
     a, b, x = torch.where(flip, b, a), torch.where(flip, a, b), torch.where(flip, 1 - x, x)
-    tiny = 1e-300
-    x = x.clamp(tiny, 1 - 1e-16)
+    x = x.clamp(1e-300, 1 - 1e-16)
     front = ((a + b).lgamma() - a.lgamma() - b.lgamma() + a * x.log() + b * torch.log1p(-x)).exp() / a
     c = torch.ones_like(x)
     d = 1 / (1 - (a + b) * x / (a + 1))
     h = d.clone()
-    for i in range(1, 400):
+    done = torch.zeros_like(flip)
+    for i in range(1, 20_000):
         even = i * (b - i) * x / ((a + 2 * i - 1) * (a + 2 * i))
         d = 1 / (1 + even * d)
         c = 1 + even / c
-        h = h * d * c
+        h = torch.where(done, h, h * d * c)
         odd = -(a + i) * (a + b + i) * x / ((a + 2 * i) * (a + 2 * i + 1))
         d = 1 / (1 + odd * d)
         c = 1 + odd / c
         step = d * c
-        h = h * step
-        if bool(((step - 1).abs() < 1e-14).all()):
+        h = torch.where(done, h, h * step)
+        done |= (step - 1).abs() < 1e-14
+        if bool(done.all()):
             break
     value = front * h
     return torch.where(flip, 1 - value, value)
 
 
 class _Group:
-    """One set of calibration scores with its table from counts to p-values."""
+    """One set of calibration scores, from which counts become p-values."""
 
     def __init__(self, scores: Tensor, fpr: float, guarantee: str, delta: float, two_sided: bool) -> None:
         self.sorted = scores.sort().values
@@ -104,27 +118,33 @@ class _Group:
         self.high = float(self.sorted[n - r]) if r else math.inf
         self.low = float(self.sorted[r - 1]) if two_sided and r else -math.inf
 
-    @functools.cached_property
-    def table(self) -> Tensor:
-        """p for each number of calibration scores at or over a score, (n + 1,)."""
+        self._bounds: Tensor | None = None
+
+    def _of_counts(self, m: Tensor) -> Tensor:
+        """p for numbers (N,) of calibration scores at or over a score."""
         n, r = len(self.sorted), self.rank
         if not self.pac:
-            return torch.arange(1, n + 2, dtype=torch.float64) / (n + 1)
-        table = _upper_bounds(n, self.side_delta)
-        # Bisection stops a bit off; the order statistic decides, and the table agrees with it.
-        table[:r] = table[:r].clamp_max(self.side_fpr)
-        table[r:] = table[r:].clamp_min(math.nextafter(self.side_fpr, 1))
-        return table
+            return (m + 1).double() / (n + 1)
+        if self._bounds is None:
+            self._bounds = torch.full((n + 1,), math.nan, dtype=torch.float64, device="cpu")
+        counts = m.unique()
+        counts = counts[self._bounds[counts].isnan()]
+        if len(counts):
+            bounds = _upper_bounds(counts, n, self.side_delta)
+            # The iteration stops a bit off; the order statistic decides, and the bounds agree with it.
+            below, above = bounds.clamp_max(self.side_fpr), bounds.clamp_min(math.nextafter(self.side_fpr, 1))
+            self._bounds[counts] = torch.where(counts < r, below, above)
+        return self._bounds[m]
 
     def p_values(self, scores: Tensor) -> Tensor:
         n = len(self.sorted)
         nan = scores.isnan()
         scores = scores.to(self.sorted.dtype)
         at_least = n - torch.searchsorted(self.sorted, scores, right=False)
-        p = self.table[at_least.masked_fill(nan, 0)]
+        p = self._of_counts(at_least.masked_fill(nan, 0))
         if self.two_sided:
             at_most = torch.searchsorted(self.sorted, scores, right=True)
-            p = (2 * torch.minimum(p, self.table[at_most.masked_fill(nan, 0)])).clamp_max(1)
+            p = (2 * torch.minimum(p, self._of_counts(at_most.masked_fill(nan, 0)))).clamp_max(1)
         return p
 
 
@@ -142,8 +162,10 @@ class Calibration:
         guarantee: "marginal" or "pac".
         delta: the PAC guarantee's probability to fail.
         two_sided: p = min(1, 2 min(p_high, p_low)): unusually small scores are suspicious too.
-        classes: (n,) predicted classes for class-conditional calibration, or None. A class with fewer than the needed images uses the
-            pooled scores and is named in `fallback_classes`.
+        classes: (n,) predicted classes for class-conditional calibration, or None. Classes with fewer than the needed images
+            (ceil(1 / fpr) - 1 for the marginal guarantee) are named in `fallback_classes` and share one pooled set: the images of all of
+            them, or where even these are too few those of all classes. In the latter case `fpr` holds for the other classes only:
+            rare classes whose scores are higher than most are flagged more often.
         n_classes: how many classes there are, so that classes nothing was predicted as are named too.
 
     Raises:
@@ -166,24 +188,19 @@ class Calibration:
         self.scores = scores.detach().cpu().float().nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
         self.classes = None if classes is None else classes.detach().cpu().long()
         self.n_classes = max(n_classes, int(self.classes.max()) + 1) if self.classes is not None and len(self.classes) else n_classes
-        needed = images_needed(fpr, guarantee=guarantee, delta=delta, two_sided=two_sided)
-        if len(scores) < needed:
-            promise = "" if guarantee == "marginal" else f" with guarantee='pac', delta={delta:g}"
-            raise ValueError(
-                f"calibration: got {len(scores)} clean images, takes at least {needed} for fpr={fpr:g}{promise}"
-                f"{', two-sided' if two_sided else ''}; give more images or a larger fpr"
-            )
+        needed = check_count(len(scores), fpr, guarantee, delta, two_sided)
         make = (fpr, guarantee, delta, two_sided)
         self._pooled = _Group(self.scores, *make)
+        self._rest = self._pooled
         self._groups: dict[int, _Group] = {}
         self.fallback_classes: list[int] = []
         if self.classes is not None:
-            for k in range(self.n_classes):
-                mine = self.scores[self.classes == k]
-                if len(mine) < needed:
-                    self.fallback_classes.append(k)
-                else:
-                    self._groups[k] = _Group(mine, *make)
+            counts = torch.bincount(self.classes, minlength=self.n_classes)
+            self.fallback_classes = (counts < needed).nonzero().flatten().tolist()
+            self._groups = {k: _Group(self.scores[self.classes == k], *make) for k in range(self.n_classes) if counts[k] >= needed}
+            rest = counts[self.classes] < needed
+            if int(rest.sum()) >= needed:
+                self._rest = _Group(self.scores[rest], *make)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -206,7 +223,7 @@ class Calibration:
     def p_values(self, scores: Tensor, predictions: Tensor | Sequence[int] | None = None) -> Tensor:
         """(N,) float64 p-values of (N,) scores; NaN gets the smallest. `predictions` (N,) is needed when class-conditional."""
         scores = scores.detach().cpu().float()
-        p = self._pooled.p_values(scores)
+        p = self._rest.p_values(scores)
         if self._groups:
             if predictions is None:
                 raise ValueError("predictions: got None, takes the predicted classes (N,) because the calibration is class-conditional")
@@ -220,6 +237,18 @@ class Calibration:
     def flags(self, p_values: Tensor) -> Tensor:
         """(N,) bool: p <= fpr."""
         return p_values <= self.fpr
+
+
+def check_count(n: int, fpr: float, guarantee: str, delta: float, two_sided: bool) -> int:
+    """The number of calibration images needed; raises ValueError where `n` are too few."""
+    needed = images_needed(fpr, guarantee=guarantee, delta=delta, two_sided=two_sided)
+    if n < needed:
+        promise = "" if guarantee == "marginal" else f" with guarantee='pac', delta={delta:g}"
+        raise ValueError(
+            f"calibration: got {n} clean images, takes at least {needed} for fpr={fpr:g}{promise}"
+            f"{', two-sided' if two_sided else ''}; give more images or a larger fpr"
+        )
+    return needed
 
 
 def check_options(fpr: float, guarantee: str, delta: float) -> None:

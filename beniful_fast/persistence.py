@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ OPTIONS = (
     "consistency",
     "batch_size",
 )
+
+
+_LAST = re.compile(r"#[1-9]\d*(?=(:input)?$)")
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -138,7 +142,11 @@ def load(
         if difference is not None:
             raise ValueError(f"{path}: made for another model ({saved['class']}; this one is {now['class']}): {difference}")
         wanted = layers if layer is None else [layer] if isinstance(layer, str) else list(layer)
-        if wanted != layers:
+        # A module that ran several times was tapped at its last call if no other was asked for.
+        asked = [
+            _LAST.sub("", name) if any(f"its last call is tapped, {name!r}" in note for note in meta["notes"]) else name for name in layers
+        ]
+        if len(wanted) != len(layers) or any(name not in pair for name, *pair in zip(wanted, layers, asked, strict=True)):
             raise ValueError(f"{path}: made for another layer: {', '.join(map(repr, layers))}, not {', '.join(map(repr, wanted))}")
         if not allow_other_weights and meta["weights_hash"] != weights_hash(inner):
             raise ValueError(
@@ -146,14 +154,16 @@ def load(
                 "or pass allow_other_weights=True, and its calibration promises nothing"
             )
         screener = kind(model, layers, device=device, **options)
-        if meta["image_shape"]:
-            vae: FeatureVAE = ImageVAE(len(tensors["vae.mean"]), meta["image_shape"], meta["hidden"], meta["code"])
-        else:
-            vae = FeatureVAE(len(tensors["vae.mean"]), meta["hidden"], meta["code"])
+        with torch.device("cpu"):
+            if meta["image_shape"]:
+                vae: FeatureVAE = ImageVAE(len(tensors["vae.mean"]), meta["image_shape"], meta["hidden"], meta["code"])
+            else:
+                vae = FeatureVAE(len(tensors["vae.mean"]), meta["hidden"], meta["code"])
         vae.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("vae.")})
         screener._vae = vae.float().to(screener.device).eval().requires_grad_(False)
         if "gaussians.means" in tensors:
-            gaussians = ClassGaussians(tensors["gaussians.means"].shape[1], tensors["gaussians.means"].shape[0])
+            with torch.device("cpu"):
+                gaussians = ClassGaussians(tensors["gaussians.means"].shape[1], tensors["gaussians.means"].shape[0])
             gaussians.load_state_dict({name[10:]: value for name, value in tensors.items() if name.startswith("gaussians.")})
             screener._gaussians = gaussians.to(screener.device)
         screener.r2 = math.nan if meta["r2"] is None else meta["r2"]

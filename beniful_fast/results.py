@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class ScreeningResult:
     """One row an input, in the order of the data, on the CPU.
 
@@ -25,7 +25,7 @@ class ScreeningResult:
         consistent: (N,) bool inference consistency, or None where it was not computed.
         keys: the user's keys (file names, rows), or row numbers.
         fpr: the asked false-positive rate.
-        fallback_classes: classes whose p-values come from the pooled calibration set.
+        fallback_classes: classes calibrated together for want of images, see `Calibration`.
     """
 
     scores: Tensor

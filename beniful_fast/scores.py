@@ -28,7 +28,7 @@ def iqr(values: Tensor) -> float:
     finite = values[values.isfinite()].double().cpu()
     if not len(finite):
         return 0.0
-    quartiles = finite.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    quartiles = finite.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64, device="cpu"))
     return float(quartiles[1] - quartiles[0])
 
 
@@ -60,8 +60,8 @@ class ClassGaussians(nn.Module):
 
     def __init__(self, dim: int, n_classes: int) -> None:
         super().__init__()
-        self.register_buffer("means", torch.zeros(n_classes, dim))
-        self.register_buffer("whiten", torch.eye(dim))
+        self.register_buffer("means", torch.zeros(n_classes, dim, dtype=torch.float32))
+        self.register_buffer("whiten", torch.eye(dim, dtype=torch.float32))
 
     def fit(self, t: Tensor, predictions: Tensor, shrinkage: float = 0.01) -> ClassGaussians:
         """Takes standardised features (N, D) and predicted classes (N,)."""

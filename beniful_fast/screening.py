@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import persistence
 from .batches import batches
-from .calibration import Calibration, check_options, images_needed
+from .calibration import Calibration, check_count, check_options, images_needed
 from .features import FeatureTap
 from .pipeline import PRECISIONS, Pipeline, Raw, join
 from .results import ScreeningResult
@@ -25,6 +25,8 @@ READINGS = ("features", "images")
 LATENT = {"features": 4, "images": 32}
 # Features wait for this many rows, because the detector's matrix products are too small to run batch by batch.
 FLUSH_ROWS = 2048
+# What fit sets, and puts back where it fails.
+FITTED = ("_vae", "_gaussians", "_calibration", "_consistent_by", "consistency_note", "weight", "r2", "n_fit", "n_classes", "weights_hash")
 
 
 class Screener(Pipeline):
@@ -51,7 +53,7 @@ class Screener(Pipeline):
         guarantee: "marginal", or "pac" to hold for this calibration set with probability 1 - delta.
         delta: see `guarantee`.
         two_sided: unusually small scores are suspicious too.
-        class_conditional: calibrate for each predicted class; classes with too few images use the pooled set (`fallback_classes`).
+        class_conditional: calibrate for each predicted class; those with too few images share a set (`fallback_classes`, `Calibration`).
         latent: size of the VAE's code; None is 4 for features and 32 for images.
         consistency: None uses inference consistency where it is free and exact (the tap is the input of the last module) or part of the
             reading ("images"); True wants it in any case, by a second forward pass if need be; False leaves it out.
@@ -62,7 +64,7 @@ class Screener(Pipeline):
         r2: R^2 of the VAE on held-out fit images; nan for baselines.
         n_fit, n_calibration: images in either half.
         threshold: scores above it are flagged.
-        fallback_classes: classes calibrated on the pooled set.
+        fallback_classes: classes calibrated together, for want of images.
         consistency_note: why `consistent` is None, or "".
         notes: what was decided by itself.
     """
@@ -136,8 +138,16 @@ class Screener(Pipeline):
 
         Raises:
             ValueError: no images, too few for the asked rate (the message says how many are needed), NaN features (how many), a layer that
-                does not run. TypeError: integer images, a model without logits.
+                does not run. TypeError: integer images, a model without logits. What was fitted before then stays as it was.
         """
+        before = {name: getattr(self, name) for name in FITTED}
+        try:
+            return self._fit(clean, calibration)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+
+    def _fit(self, clean: Any, calibration: Any) -> Screener:
         keep = self.reconstruct == "images" or bool(self.consistency)
         raw, images = self._collect(clean, "clean", keep)
         n = len(raw[0])
@@ -160,6 +170,7 @@ class Screener(Pipeline):
             fit_raw, fit_images = raw, images
             held_raw, held_images = self._collect(calibration, "calibration", keep)
             self._refuse_nan(held_raw[0], "calibration")
+            check_count(len(held_raw[0]), self.fpr, self.guarantee, self.delta, self.two_sided)
         self.n_fit = len(fit_raw[0])
         self._learn(fit_raw, fit_images)
         held_scores, held_predictions, _ = self._from_cache(held_raw, held_images)
@@ -285,7 +296,7 @@ class Screener(Pipeline):
         kept = []
         vae, self._vae = self._vae, None
         try:
-            for x, _ in batches(data, name, self._read):
+            for x, _ in batches(data, name, self._read, keyed=False):
                 if not parts:
                     with self._autocast():
                         self._tap.resolve(self._prepare(x[:2]))
@@ -314,21 +325,21 @@ class Screener(Pipeline):
             warnings.warn(
                 f"the model predicts class {int(classes[0])} for all {len(classes)} fit images: give clean images of every class",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         if bool((z == z[0]).all()):
             warnings.warn(
                 f"layer {self.layer!r} gives the same features for all {len(z)} fit images: it can't tell inputs apart",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         if self.score_kind != "beniful":
             self.consistency_note = f"score={self.score_kind!r} does not use it"
-            self._vae = FeatureVAE(z.shape[1], 1, 1).to(z.device).eval().requires_grad_(False)
-            with torch.no_grad():
+            with torch.device(z.device), torch.no_grad():
+                self._vae = FeatureVAE(z.shape[1], 1, 1).eval().requires_grad_(False)
                 self._vae.set_standardization(z)
                 if self.score_kind == "mahalanobis":
-                    self._gaussians = ClassGaussians(z.shape[1], self.n_classes).to(z.device).fit(self._vae.standardize(z), classes)
+                    self._gaussians = ClassGaussians(z.shape[1], self.n_classes).fit(self._vae.standardize(z), classes)
             return
         if self.reconstruct == "images":
             assert images is not None

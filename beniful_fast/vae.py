@@ -32,13 +32,13 @@ class FeatureVAE(nn.Module):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, takes a positive number")
         self.dim, self.hidden, self.latent = dim, hidden, latent
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
-        self.encoder = nn.Linear(dim, hidden)
-        self.to_mu = nn.Linear(hidden, latent)
-        self.to_logvar = nn.Linear(hidden, latent)
-        self.decoder = nn.Linear(latent, hidden)
-        self.output = nn.Linear(hidden, dim)
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float32))
+        self.register_buffer("std", torch.ones(dim, dtype=torch.float32))
+        self.encoder = nn.Linear(dim, hidden, dtype=torch.float32)
+        self.to_mu = nn.Linear(hidden, latent, dtype=torch.float32)
+        self.to_logvar = nn.Linear(hidden, latent, dtype=torch.float32)
+        self.decoder = nn.Linear(latent, hidden, dtype=torch.float32)
+        self.output = nn.Linear(hidden, dim, dtype=torch.float32)
 
     def standardize(self, z: Tensor) -> Tensor:
         """(N, D) features to zero mean and unit scale on clean data."""
@@ -99,9 +99,9 @@ class ImageVAE(FeatureVAE):
         self.image_shape = tuple(int(size) for size in image_shape)
         channels, height, width = self.image_shape
         self.grid = (channels, min(height, self.GRID), min(width, self.GRID))
-        self.register_buffer("pixel_mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("pixel_std", torch.ones(channels, 1, 1))
-        self.output = nn.Linear(hidden, channels * self.grid[1] * self.grid[2])
+        self.register_buffer("pixel_mean", torch.zeros(channels, 1, 1, dtype=torch.float32))
+        self.register_buffer("pixel_std", torch.ones(channels, 1, 1, dtype=torch.float32))
+        self.output = nn.Linear(hidden, channels * self.grid[1] * self.grid[2], dtype=torch.float32)
 
     def set_pixel_standardization(self, images: Tensor) -> None:
         """Takes the channels' mean and scale from clean images (N, C, H, W)."""
@@ -161,7 +161,7 @@ def _train(
         if device.type == "cpu" and features.shape[1] <= ONE_THREAD_DIM:
             stack.enter_context(_one_thread())
         with torch.device("cpu"):
-            vae = make().float()
+            vae = make()
         vae.to(device)
         order = torch.randperm(len(features), generator=generator, device="cpu").to(device)
         held = max(2, round(HELD_OUT * len(features)))
@@ -184,7 +184,7 @@ def _train(
             shuffled = rest[torch.randperm(len(rest), generator=generator, device="cpu").to(device)]
             for rows in shuffled.split(batch):
                 mu, logvar = vae.encode(t[rows])
-                noise = torch.randn(mu.shape, generator=generator, device="cpu").to(device)
+                noise = torch.randn(mu.shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
                 rebuilt = vae.decode(mu + noise * (0.5 * logvar).exp())
                 error = (goal[rows] - rebuilt).square().flatten(1).mean(1)
                 loss = (error + beta * vae.kl(mu, logvar) / size).mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -100,15 +101,50 @@ def test_pac_flags_agree_with_p_and_threshold(two_sided):
 
 
 def test_class_conditional_falls_back_by_name():
-    scores = torch.cat([torch.arange(40.0), 100 + torch.arange(40.0), torch.arange(5.0)])
-    classes = torch.tensor([0] * 40 + [1] * 40 + [2] * 5)
-    calibration = Calibration(scores, 0.05, classes=classes, n_classes=4)
-    assert calibration.fallback_classes == [2, 3]
+    scores = torch.cat([torch.arange(40.0), 100 + torch.arange(40.0), 50 + torch.arange(20.0)])
+    classes = torch.tensor([0] * 40 + [1] * 40 + [2] * 10 + [4] * 10)
+    calibration = Calibration(scores, 0.05, classes=classes, n_classes=5)
+    assert calibration.fallback_classes == [2, 3, 4]
     assert set(calibration.thresholds) == {0, 1}
     p = calibration.p_values(torch.tensor([60.0, 60.0, 60.0]), torch.tensor([0, 1, 3]))
-    assert p.tolist() == pytest.approx([1 / 41, 1.0, 41 / 86])
+    assert p.tolist() == pytest.approx([1 / 41, 1.0, 11 / 21])
     with pytest.raises(ValueError, match="predictions"):
         calibration.p_values(torch.tensor([1.0]))
+    few = Calibration(scores[:-5], 0.05, classes=classes[:-5], n_classes=5)
+    assert few.fallback_classes == [2, 3, 4]
+    assert set(few.thresholds) == {0, 1}
+    short = classes >= 2
+    assert torch.equal(few.p_values(scores, classes)[short], Calibration(scores[:-5], 0.05).p_values(scores[short]))
+
+
+@pytest.mark.parametrize("guarantee", ["marginal", "pac"])
+def test_class_conditional_rate_holds_beside_fallback_classes(guarantee):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n):
+        classes = (torch.rand(n, generator=generator) - 0.94).div(0.003).ceil().clamp(0, 20).long()
+        return torch.randn(n, generator=generator) + 5 * (classes > 0), classes
+
+    rates = []
+    for _ in range(200):
+        scores, classes = draw(400 if guarantee == "marginal" else 2000)  # enough for the rare classes together
+        calibration = Calibration(scores, 0.05, guarantee=guarantee, classes=classes, n_classes=21)
+        rates.append(calibration.flags(calibration.p_values(*draw(2000))).float().mean())
+    assert torch.stack(rates).mean() <= 0.055
+
+
+def test_pac_p_values_of_a_large_set_are_quick_and_right():
+    n = 1_000_000
+    cal = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(cal, 0.05, guarantee="pac")
+    start = time.perf_counter()
+    p = calibration.p_values(torch.linspace(0, 1.1, 1000))
+    assert time.perf_counter() - start < 10  # 0.5 s alone; minutes where all counts are computed
+    assert bool((p.diff() <= 0).all())
+    assert float(p[-1]) == pytest.approx(1 - 0.05 ** (1 / n), rel=1e-6)
+    small = Calibration(torch.arange(200.0), 0.05, guarantee="pac").p_values(torch.tensor([190.5]))
+    below = sum(math.comb(200, k) * float(small) ** k * (1 - float(small)) ** (200 - k) for k in range(10))
+    assert below == pytest.approx(0.05, rel=1e-6)
 
 
 def test_nan_calibration_scores_only_raise_p():

@@ -205,3 +205,38 @@ def test_shifted_moves_the_pooled_value():
         handle.remove()
     torch.testing.assert_close(seen["z"], z + shift)
     assert hooks(model) == 0
+
+
+def test_buffers_written_unseen_or_made_in_forward_are_restored():
+    class Writes(Plain):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+            self.register_buffer("cache", None)
+            self.bn.running_var[0] = float("nan")
+
+        def forward(self, x):
+            self.cache = x.clone()
+            if "made" not in self._buffers:
+                self.register_buffer("made", x.clone(), persistent=False)
+            self.bn.train()
+            return super().forward(self.bn(x))
+
+    model = seeded(Writes)
+    mean, var, version = model.bn.running_mean.clone(), model.bn.running_var.clone(), model.head.weight._version
+    FeatureTap(model)(images(3, size=2) + 5)
+    assert torch.equal(model.bn.running_mean, mean)
+    assert torch.equal(model.bn.running_var.nan_to_num(-1), var.nan_to_num(-1))
+    assert int(model.bn.num_batches_tracked) == 0
+    assert model.cache is None
+    assert "made" not in model._buffers
+    assert model.head.weight._version == version
+
+
+def test_compiled_submodules():
+    model, x = seeded(SmallNet), images(3)
+    want = FeatureTap(model, "bn2")(x).joined
+    model.bn2 = torch.compile(model.bn2, backend="eager")
+    for name in ("bn2", "bn2._orig_mod"):
+        for _ in range(2):
+            assert torch.equal(FeatureTap(model, name)(x).joined, want)

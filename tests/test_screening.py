@@ -247,7 +247,8 @@ def test_calibration_options(model, options):
     assert s.predict(strange()).float().mean() > 0.5
     if "class_conditional" in options:
         counts = torch.bincount(s.calibration.classes, minlength=4)
-        assert s.fallback_classes == [k for k in range(4) if counts[k] < 19]
+        few = [k for k in range(4) if counts[k] < 19]
+        assert s.fallback_classes == few
 
 
 # A network trained for it.
@@ -305,7 +306,70 @@ def test_a_backdoored_digits_net_is_told_from_a_clean_one(digits):
     assert found[True] > found[False] + 0.1
 
 
+def test_a_failed_refit_leaves_the_old_screener(model, monkeypatch):
+    s = Screener(model).fit(CLEAN)
+    before, note, want = s._vae, s.consistency_note, s.score(strange())
+    with pytest.raises(ValueError, match="calibration: got 18"):
+        s.fit(images(60, seed=8), calibration=CLEAN[:18])
+    monkeypatch.setattr("beniful_fast.screening.iqr", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        s.fit(images(60, seed=8))
+    assert s._vae is before
+    assert (s.n_fit, s.consistency_note) == (80, note)
+    assert torch.equal(s.score(strange()), want)
+
+
+@pytest.mark.parametrize("options", [{}, {"score": "mahalanobis"}, {"guarantee": "pac"}])
+def test_default_dtype_and_device_are_the_callers_own(model, tmp_path, options):
+    x = strange()
+    want = Screener(model, **options).fit(CLEAN).screen(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            s = Screener(model, **options).fit(CLEAN)
+            s.save(tmp_path / "s")
+            for screener in (s, Screener.load(tmp_path / "s", model)):
+                r = screener.screen(x)
+                assert torch.equal(r.scores, want.scores)
+                assert torch.equal(r.p_values, want.p_values)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("third", [7, {"box": 1}, torch.tensor(3)])
+def test_a_third_element_that_is_no_key(model, screener, third):
+    loader = [(CLEAN[:80], 0, third), (CLEAN[80:], 0, third)]
+    assert Screener(model).fit(loader).n_fit == 80
+    with pytest.raises(TypeError, match=r"x: got \w+ for the keys"):
+        screener.screen(loader)
+
+
+def test_results_can_be_compared(screener):
+    r = screener.screen(strange(3))
+    assert r == r
+    assert r != screener.screen(strange(3))
+
+
 # Files.
+
+
+def test_a_module_that_runs_twice_is_loaded_by_its_name(tmp_path):
+    class Twice(Plain):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            return super().forward(self.c(self.c(x)))
+
+    net, clean = seeded(Twice), images(60, size=2)
+    Screener(net, "c").fit(clean).save(tmp_path / "last")
+    Screener(net, "c#1").fit(clean).save(tmp_path / "first")
+    for layer in ("c", "c#2", None):
+        assert Screener.load(tmp_path / "last", net, layer).layer == "c#2"
+    for file, layer in (("last", "c#1"), ("first", "c")):
+        with pytest.raises(ValueError, match="another layer"):
+            Screener.load(tmp_path / file, net, layer)
 
 
 def test_save_and_load(model, screener, tmp_path):
