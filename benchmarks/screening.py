@@ -144,7 +144,9 @@ def show_speed(rates: dict[str, float], console: Console) -> None:
 
 def show_detection(rows: list[dict[str, Any]], console: Console) -> None:
     columns = ("AUROC", "TPR", "FPR", "AUROC on the clean network")
-    table = Table("network", "score", *columns, title=f"mean \\[min, max] of {len(SEEDS)} seeds; 2,500 clean CIFAR-10 test images, fpr 0.05")
+    table = Table(
+        "network", "score", *columns, title=f"mean \\[min, max] of {len(SEEDS)} seeds; 2,500 clean CIFAR-10 test images, fpr 0.05"
+    )
     for key in dict.fromkeys((row["network"], row["score"]) for row in rows):
         mine = [row for row in rows if (row["network"], row["score"]) == key]
         cells = [[row[column] for row in mine] for column in columns]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -55,6 +56,17 @@ def test_position_opacity_and_pattern() -> None:
         ({"alpha": 0}, "alpha"),
         ({"position": "centre"}, "position"),
         ({"pattern": torch.ones(3, 2, 2)}, "pattern"),
+        ({"pattern": "cross"}, "pattern: got str"),
+        ({"pattern": np.full((1, 3, 3), 2.0)}, "pattern: got values from 2 to 2"),
+        ({"position": (1,)}, "position"),
+        ({"position": None}, "position"),
+        ({"position": 5}, "position"),
+        ({"position": (1.5, 0)}, "position"),
+        ({"position": (-1, 0)}, "position"),
+        ({"size": 2.5}, "size: got 2.5"),
+        ({"target": "a"}, "target: got 'a'"),
+        ({"seed": 1.5}, "seed: got 1.5"),
+        ({"alpha": "a"}, "alpha: got 'a'"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:
@@ -119,3 +131,38 @@ def test_poison_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="images"):
         poisoned = BadNets().poison(TensorDataset((x * 255).to(torch.uint8), y), 0.5)
         [poisoned[i] for i in range(200)]
+
+
+class Items(Dataset):
+    """Ten times the same item."""
+
+    def __init__(self, item: object) -> None:
+        self.item = item
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, i: int) -> object:
+        return self.item
+
+
+def test_poison_refuses_what_has_no_class_numbers() -> None:
+    x, y = images(20)
+    with pytest.raises(ValueError, match="rate: got 'a'"):
+        BadNets().poison(TensorDataset(x, y), "a")  # type: ignore[arg-type]
+    for dataset, message in (
+        (TensorDataset(x), "TensorDataset of images alone"),
+        (TensorDataset(x, torch.eye(10)[y]), r"labels: got shape \(20, 10\), .*argmax"),
+        (Subset(TensorDataset(x, torch.eye(10)[y]), [0, 1]), r"labels: got shape \(20, 10\)"),
+        (Items({"image": x[0], "label": 1}), "an item is dict, takes"),
+        (Items(x[0]), "an item is Tensor, takes"),
+        (Items((x[0], torch.eye(10)[0])), r"labels: got a Tensor of shape \(10,\)"),
+        (Items((x[0], "cat")), "labels: got a str 'cat'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BadNets().poison(dataset, 0.1)
+
+
+def test_a_pattern_may_be_an_array() -> None:
+    pattern = np.linspace(0, 1, 12).reshape(3, 2, 2)
+    assert torch.equal(BadNets(size=2, pattern=pattern).patch(3), torch.from_numpy(pattern).float())

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,8 @@ def test_preprocessing_is_remembered(here: Path, tmp_path: Path, capsys: pytest.
             "1 missing: fc.bias; 1 not in the model: module.fc.bias; 1 of another shape: fc.weight (2x8",
         ),
         ({"--weights": "none.safetensors"}, "no such file"),
+        ({"--weights": "a_folder"}, "--weights: a_folder is a folder"),
+        ({"--model": "folder.pt2"}, "--model: folder.pt2 is a folder"),
         ({"--weights": None}, "--weights: missing"),
         ({"--data": "nothing.npy"}, "nothing.npy: no such file"),
         ({"--data": "few.npy"}, "8 images"),
@@ -284,6 +287,8 @@ def test_one_clear_line(here: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     torch.save(weights, "w.pth")
     torch.jit.script(torch.nn.Linear(2, 2)).save("script.pt")
     Path("net.pt2").write_bytes(b"whatever")
+    for folder in ("a_folder", "folder.pt2"):
+        Path(folder).mkdir(exist_ok=True)
     np.save("few.npy", np.zeros((8, 16, 16, 3), dtype=np.uint8))
     options = {
         "--model": "cli_net:build",
@@ -308,6 +313,46 @@ def test_a_truncated_or_foreign_screener(here: Path, tmp_path: Path, capsys: pyt
     ):
         command = [new if a == old else a for a in SCREEN]
         assert message in fails(capsys, *command, "--out", str(tmp_path / "r.parquet"))
+
+
+def test_a_folder_is_no_screener(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(tmp_path) if a == "s.safetensors" else a for a in SCREEN]
+    assert f"--screener: {tmp_path} is a folder" in fails(capsys, *command, "--out", str(tmp_path / "r.parquet"))
+
+
+def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from beniful_fast.cli import app as module
+
+    app = typer.Typer()
+
+    @app.command()
+    def warn() -> None:
+        warnings.warn("the VAE\nlearns nothing", RuntimeWarning, stacklevel=1)
+
+    monkeypatch.setattr(module, "app", app)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        before = warnings.showwarning
+        assert run() == 0
+        assert warnings.showwarning is before
+    assert capsys.readouterr().err == "beniful-fast: warning: the VAE learns nothing\n"
+
+
+def test_compare_shows_whole_names_in_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import beniful_fast.cli.app  # noqa: F401
+
+    module = sys.modules["beniful_fast.cli.compare"]  # the package's attribute may be the function
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    monkeypatch.setattr(module, "backends", lambda: {"reference": (True, "")})
+    assert run("compare", "--shape", "8x16") == 0
+    out = capsys.readouterr().out
+    assert "8x16, float32 on cpu" in out
+    assert max(map(len, out.splitlines())) <= 80
+    for op in ("reconstruction_distance", "feature_distance_loss", "channel_stats", "vae_reconstruction_distance"):
+        assert re.search(rf" {op} +. reference ", out), out
 
 
 def test_an_exported_model_is_screened_when_trusted(here: Path, tmp_path: Path) -> None:
@@ -397,3 +442,47 @@ def test_shards_join_in_order_and_drop_damaged_parts(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["r.parquet"]
     assert Shards(out, {"data": "a"}, 10).complete
     assert json.loads(pq.read_schema(out).metadata[b"beniful_fast"]) == {"data": "a", "rows": 10}
+
+
+def test_the_same_screener_has_one_hash_whatever_order_its_file_was_written_in(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    from beniful_fast.cli.screener_file import content_hash
+
+    tensors, metadata = {"a": torch.arange(3.0), "b": torch.ones(2)}, {key: key for key in "pqrstuvw"}
+    hashes = set()
+    for i in range(8):
+        save_file(tensors, tmp_path / f"{i}", metadata)
+        hashes.add(content_hash(tmp_path / f"{i}"))
+    assert len(hashes) == 1
+    save_file({**tensors, "b": torch.zeros(2)}, tmp_path / "other", metadata)
+    assert content_hash(tmp_path / "other") not in hashes
+
+
+def test_what_stopped_on_an_unreadable_image_goes_on_with_flag(tmp_path):
+    from beniful_fast.cli.shards import Shards
+
+    out = tmp_path / "r.parquet"
+    Shards(out, {"screener": "a", "unreadable": "stop"}, 10, False).close()
+    Shards(out, {"screener": "b", "unreadable": "flag"}, 10, False).close()  # nothing was scored yet
+    with Shards(out, {"screener": "b", "unreadable": "flag"}, 10, False) as shards:
+        shards.part(0, 3).write_bytes(b"")
+    Shards(out, {"screener": "b", "unreadable": "flag"}, 10, False).close()
+    with pytest.raises(ValueError, match="3 rows made with another unreadable"):
+        Shards(out, {"screener": "b", "unreadable": "stop"}, 10, False)
+    done = tmp_path / "done.parquet"
+    with Shards(done, {"unreadable": "stop"}, 3, False) as shards:
+        shards.write(0, rows(0, 3))
+        shards.combine()
+    assert Shards(done, {"unreadable": "flag"}, 3, False).complete
+    with pytest.raises(ValueError, match="another screener"):
+        Shards(out, {"screener": "c", "unreadable": "flag"}, 10, False)
+
+
+def test_a_single_file_has_no_splits(tmp_path):
+    from beniful_fast import data
+
+    (tmp_path / "d.parquet").write_bytes(b"x")
+    with pytest.raises(data.DataError, match="a single file has no splits"):
+        data.load(str(tmp_path / "d.parquet"), split="test")

@@ -309,6 +309,20 @@ def test_folder_without_images(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_single_file_has_no_splits(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", pixels(2, 4, 4, 3))
+    write_parquet(tmp_path / "a.parquet", [encoded(pixels(1, 4, 4, 3)[0])])
+    (tmp_path / "test_batch.bin").write_bytes(bytes(3073))
+    for name in ("images.npy", "a.parquet", "test_batch.bin"):
+        load(tmp_path / name)
+        with pytest.raises(DataError, match="a single file has no splits"):
+            load(tmp_path / name, "test")
+    (tmp_path / "one").mkdir()
+    np.save(tmp_path / "one/images.npy", pixels(2, 4, 4, 3))
+    with pytest.raises(DataError, match="a single file has no splits"):
+        load(tmp_path / "one", "test")
+
+
 # Arrays
 
 

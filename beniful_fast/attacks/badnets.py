@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .base import Attack, check_images
+from .base import Attack, check_images, is_real, whole
 
 
 class BadNets(Attack):
@@ -16,7 +18,7 @@ class BadNets(Attack):
         size: side of the square patch, in pixels.
         position: "bottom-right", "bottom-left", "top-right", "top-left", or (row, column) of the patch's upper left pixel.
         alpha: opacity in (0, 1]; 1 replaces the pixels.
-        pattern: (C, size, size) in [0, 1], or (1, size, size) for all channels alike, instead of the drawn patch.
+        pattern: (C, size, size) in [0, 1], or (1, size, size) for all channels alike, instead of the drawn patch; a NumPy array will do.
     """
 
     def __init__(
@@ -27,22 +29,14 @@ class BadNets(Attack):
         *,
         position: str | tuple[int, int] = "bottom-right",
         alpha: float = 1.0,
-        pattern: Tensor | None = None,
+        pattern: Any = None,
     ) -> None:
         super().__init__(target, seed)
-        if size < 1:
-            raise ValueError(f"size: got {size}, takes a positive side")
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha: got {alpha}, takes an opacity in (0, 1]")
-        corners = ("bottom-right", "bottom-left", "top-right", "top-left")
-        if isinstance(position, str) and position not in corners:
-            raise ValueError(f"position: got {position!r}, takes {', '.join(corners)} or (row, column)")
-        if pattern is not None and (
-            pattern.dim() != 3 or pattern.shape[1:] != (size, size) or not 0 <= pattern.min() <= pattern.max() <= 1
-        ):
-            raise ValueError(f"pattern: got {tuple(pattern.shape)}, takes (C, {size}, {size}) in [0, 1]")
-        self.size, self.position, self.alpha = size, position, alpha
-        self._given = pattern
+        size = whole(size, "size", "a positive side", 1)
+        if not is_real(alpha) or not 0 < alpha <= 1:
+            raise ValueError(f"alpha: got {alpha!r}, takes an opacity in (0, 1]")
+        self.size, self.position, self.alpha = size, _place(position), float(alpha)
+        self._given = None if pattern is None else _pattern(pattern, size)
 
     def patch(self, channels: int) -> Tensor:
         """The trigger, (channels, size, size) float32 in [0, 1]."""
@@ -78,3 +72,26 @@ class BadNets(Attack):
         place = stamped[:, :, row : row + self.size, column : column + self.size]
         place.copy_(patch.expand_as(place) if self.alpha == 1 else place + self.alpha * (patch - place))
         return stamped
+
+
+def _place(position: Any) -> str | tuple[int, int]:
+    corners = ("bottom-right", "bottom-left", "top-right", "top-left")
+    takes = f"{', '.join(corners)} or (row, column)"
+    if isinstance(position, str) and position in corners:
+        return position
+    if not isinstance(position, (tuple, list)) or len(position) != 2:
+        raise ValueError(f"position: got {position!r}, takes {takes}")
+    row, column = (whole(side, "position", takes) for side in position)
+    return row, column
+
+
+def _pattern(pattern: Any, size: int) -> Tensor:
+    try:
+        given = torch.as_tensor(pattern)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"pattern: got {type(pattern).__name__}, takes a tensor (C, {size}, {size}) in [0, 1] ({error})") from None
+    if given.is_complex() or given.dim() != 3 or given.shape[1:] != (size, size) or not len(given):
+        raise ValueError(f"pattern: got {given.dtype} {tuple(given.shape)}, takes (C, {size}, {size}) in [0, 1]")
+    if not 0 <= given.min() <= given.max() <= 1:
+        raise ValueError(f"pattern: got values from {given.min():g} to {given.max():g}, takes (C, {size}, {size}) in [0, 1]")
+    return given

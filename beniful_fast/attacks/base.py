@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from typing import Any
 
 import torch
@@ -20,9 +22,7 @@ class Attack:
     """
 
     def __init__(self, target: int = 0, seed: int = 0) -> None:
-        if target < 0:
-            raise ValueError(f"target: got {target}, takes a class number")
-        self.target, self.seed = int(target), int(seed)
+        self.target, self.seed = whole(target, "target", "a class number"), whole(seed, "seed", "a whole number", None)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items() if not k.startswith('_'))})"
@@ -54,10 +54,10 @@ class Attack:
             rate: share of the whole set, in [0, 1].
 
         Raises:
-            ValueError: a rate outside [0, 1], or more samples asked for than may be poisoned.
+            ValueError: a rate outside [0, 1], more samples asked for than may be poisoned, or no class number for each item.
         """
-        if not 0 <= rate <= 1:
-            raise ValueError(f"rate: got {rate}, takes a share of the whole set in [0, 1]")
+        if not is_real(rate) or not 0 <= rate <= 1:
+            raise ValueError(f"rate: got {rate!r}, takes a share of the whole set in [0, 1]")
         may = self.candidates(labels_of(dataset)).nonzero().flatten()
         count = round(rate * len(dataset))  # type: ignore[arg-type]
         if count > len(may):
@@ -92,7 +92,7 @@ class PoisonedDataset(Dataset[Any]):
         item = self.dataset[index]
         if index not in self._poisoned:
             return item
-        image, label, *rest = item
+        image, label, *rest = _checked(item)
         check_images(image, 3)
         target: Any = torch.full_like(label, self.attack.target) if isinstance(label, Tensor) else type(label)(self.attack.target)
         return (self.attack.stamp_sample(image, index), target, *rest)
@@ -102,6 +102,22 @@ class PoisonedDataset(Dataset[Any]):
         labels = labels_of(self.dataset).clone()
         labels[self.poisoned_indices] = self.attack.target
         return labels
+
+
+def whole(value: Any, name: str, takes: str, least: int | None = 0) -> int:
+    """An argument as an int of at least `least`; refused by name if it is none."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        raise ValueError(f"{name}: got {value!r}, takes {takes}")
+    return number
+
+
+def is_real(value: Any) -> bool:
+    """Whether an argument is a number, of Python or NumPy."""
+    return isinstance(value, numbers.Real)
 
 
 def check_images(images: Any, dims: int = 4) -> None:
@@ -116,10 +132,22 @@ def labels_of(dataset: Any) -> Tensor:
     """(N,) int64 labels, without decoding images where the data set allows it.
 
     Knows `labels()`, `TensorDataset`, `Subset` and `targets` (torchvision); any other data set is read once.
+
+    Raises:
+        ValueError: an item has no label, or its label is no class number.
     """
+    labels = _labels_of(dataset)
+    if labels.dim() != 1:
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, takes one class number each; of one-hot labels pass labels.argmax(1)")
+    return labels
+
+
+def _labels_of(dataset: Any) -> Tensor:
     if isinstance(dataset, Subset):
         return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices, dtype=torch.int64)]
     if isinstance(dataset, TensorDataset):
+        if len(dataset.tensors) < 2:
+            raise ValueError("dataset: a TensorDataset of images alone, takes (image, label) items")
         return dataset.tensors[1].cpu().long()
     labels = getattr(dataset, "labels", None)
     if callable(labels):
@@ -127,4 +155,21 @@ def labels_of(dataset: Any) -> Tensor:
     # torchvision's `target_transform` changes labels on reading, so `targets` would not be what the model sees.
     if (targets := getattr(dataset, "targets", None)) is not None and getattr(dataset, "target_transform", None) is None:
         return torch.as_tensor(targets).long()
-    return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
+    return torch.tensor([_label(_checked(dataset[i])[1]) for i in range(len(dataset))], dtype=torch.int64)
+
+
+def _checked(item: Any) -> Any:
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        got = f"a {type(item).__name__} of {len(item)}" if isinstance(item, (tuple, list)) else type(item).__name__
+        raise ValueError(f"dataset: an item is {got}, takes (image, label) or (image, label, key)")
+    return item
+
+
+def _label(label: Any) -> int:
+    try:
+        return int(label)
+    except (TypeError, ValueError, RuntimeError):
+        shape = f" of shape {tuple(label.shape)}" if hasattr(label, "shape") else f" {label!r}"
+        raise ValueError(
+            f"labels: got a {type(label).__name__}{shape}, takes one class number each; of one-hot labels pass labels.argmax(1)"
+        ) from None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 __all__ = ["main"]
 
@@ -28,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # typer carries its own copy of click since 0.17 or uses click itself: reach the common ancestor without naming either.
     usage_error = typer.BadParameter.__mro__[2]
     try:
-        code = app(arguments, prog_name="beniful-fast", standalone_mode=False)
+        with _plain_warnings():
+            code = app(arguments, prog_name="beniful-fast", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         print("beniful-fast: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -41,6 +45,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"beniful-fast: {text}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Shows a RuntimeWarning, what this package warns with, as one line; others go where they went."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, RuntimeWarning):
+            print(f"beniful-fast: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            before(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def one_line(error: BaseException) -> str:

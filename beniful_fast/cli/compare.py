@@ -95,17 +95,23 @@ def compare(
     kind, where = DTYPES[dtype], torch.device(device)
     names = [name for name, (ok, _) in backends().items() if ok and not (name == "cpp" and where.type != "cpu")]
     names = [name for name in names if not (name in ("cuda", "triton") and where.type != "cuda")]
-    view = Table(title=f"{dtype} on {where}; speed is relative to the reference, both measured in turns", title_justify="left")
-    for column in ("op", "shape", "backend", "largest relative error", "median", "speed"):
-        view.add_column(column, justify="left" if column in ("op", "shape", "backend") else "right")
+    console = Console()
+    console.print("Speed is relative to the reference, both measured in turns.")
     for text in shape or ["64x512", "4096x2048", "64x128x16x16"]:
-        for op, call in _cases(_parse(text), kind, where).items():
+        cases = _cases(_parse(text), kind, where)
+        # One table a shape: a column for it would leave no room for the names of the ops in 80 columns.
+        view = Table(title=f"{text}, {dtype} on {where}", title_justify="left")
+        view.add_column("op", overflow="fold")
+        view.add_column("backend", overflow="fold")
+        for column in ("largest\nrelative\nerror", "median", "speed"):
+            view.add_column(column, justify="right", overflow="fold")
+        for op, call in cases.items():
             truth = call("reference", torch.float64)
             times = interleaved_medians({name: functools.partial(call, name, kind) for name in names}, where)
             for name, seconds in times.items():
                 got = call(name, kind).double()
                 error = float(((got - truth).abs() / truth.abs().clamp_min(1e-300)).max()) if truth.numel() else math.nan
                 shown = f"{seconds * 1e3:.3f} ms" if seconds > 1e-3 else f"{seconds * 1e6:.1f} us"
-                view.add_row(op, text, name, f"{error:.1e}", shown, f"{times['reference'] / seconds:.2f}x")
+                view.add_row(op, name, f"{error:.1e}", shown, f"{times['reference'] / seconds:.2f}x")
             view.add_section()
-    Console().print(view)
+        console.print(view)

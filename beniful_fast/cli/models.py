@@ -54,6 +54,8 @@ def is_torchscript(path: Path) -> bool:
 def _refusal(path: Path, option: str, takes: str) -> str:
     if not path.exists():
         return f"{option}: {path}: no such file; {takes}"
+    if path.is_dir():
+        return f"{option}: {path} is a folder; {takes}"
     if is_torchscript(path):
         return f"{option}: {path} is TorchScript, whose submodules take no hooks, so features can't be read; {takes}"
     if path.suffix in PICKLES:
@@ -64,7 +66,7 @@ def _refusal(path: Path, option: str, takes: str) -> str:
 
 def _exported(path: Path, weights: str | None, trusted: bool) -> nn.Module:
     if not path.is_file():
-        raise ValueError(f"--model: {path}: no such file")
+        raise ValueError(f"--model: {path} is a folder" if path.is_dir() else f"--model: {path}: no such file")
     if not trusted:
         raise ValueError(
             f"--model: {path}: loading a .pt2 file can run code that its maker put in; pass --trust-model-file if you trust them"
@@ -128,15 +130,6 @@ def _fill(model: nn.Module, path: Path) -> None:
 
 def _shape(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def model_hash(model: nn.Module) -> str:

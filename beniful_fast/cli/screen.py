@@ -48,19 +48,26 @@ def screen(
     from ..data.base import need
     from ..screening import Screener
     from . import screener_file
-    from .models import file_hash, load_model, model_hash
+    from .models import load_model, model_hash
     from .shards import Shards
 
     need("pyarrow", "cli")
     out = o.output(out, ".parquet")
     where = o.device_of(device)
+    if screener.is_dir():
+        raise ValueError(f"--screener: {screener} is a folder; name the .safetensors file in it")
     if not screener.is_file():
         raise ValueError(f"--screener: {screener}: no such file")
     preprocess = screener_file.preprocessing(screener, o.preprocessing(size, crop, mean, std, channels))
     dataset = o.open_data(data, split, preprocess, unreadable)
     net = load_model(model, weights, trust_model_file).to(where)
     detector = Screener.load(screener, net)
-    made_by = {"screener": file_hash(screener), "model": model_hash(net), "data": dataset.fingerprint(), "unreadable": unreadable}
+    made_by = {
+        "screener": screener_file.content_hash(screener),
+        "model": model_hash(net),
+        "data": dataset.fingerprint(),
+        "unreadable": unreadable,
+    }
     with Shards(out, made_by, len(dataset), restart) as shards:
         if not shards.complete:
             _score(shards, detector, dataset, batch_size, workers, where, checkpoint_seconds)

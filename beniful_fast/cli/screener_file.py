@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -22,6 +24,18 @@ def save(screener: Any, path: Path, preprocess: dict[str, Any]) -> None:
         metadata = file.metadata() or {}
     save_file(tensors, temporary, {**metadata, KEY: json.dumps(preprocess)})
     os.replace(temporary, path)
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 over the sorted content: the same screener has the same, whatever order its file was written in."""
+    digest = hashlib.sha256()
+    with safe_open(path, "pt") as file:
+        digest.update(json.dumps(file.metadata() or {}, sort_keys=True).encode())
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name).contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def preprocessing(path: Path, given: dict[str, Any]) -> dict[str, Any]:

@@ -60,19 +60,21 @@ class Shards:
                 stored = json.loads(path.read_text("utf-8"))
             except ValueError:
                 stored = {}
-            if (changed := self._changed(stored)) is not None:
-                rows = sum(stop - start for start, stop in self.ranges())
+            changed, rows = self._changed(stored), sum(stop - start for start, stop in self.ranges())
+            if changed is not None and rows:
                 raise ValueError(
                     f"--out: {self.folder} holds {rows} rows made with {changed}; finish them with what they were begun with, "
                     "name another file, or pass --restart to throw them away"
                 )
-        else:
-            _write(path, lambda file: file.write(json.dumps(self.manifest, indent=1).encode()))
+        _write(path, lambda file: file.write(json.dumps(self.manifest, indent=1).encode()))
         for stray in self.folder.glob("*.tmp"):
             stray.unlink()
 
     def _changed(self, stored: dict[str, Any]) -> str | None:
         """What differs, or None."""
+        if stored.get("unreadable") == "stop" and self.manifest.get("unreadable") == "flag":
+            # Rows scored under `stop` are those that `flag` would have given: it never met one it could not read.
+            stored = {**stored, "unreadable": "flag"}
         keys = [key for key in {**self.manifest, **stored} if self.manifest.get(key) != stored.get(key)]
         if not keys:
             return None

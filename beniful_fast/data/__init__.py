@@ -93,6 +93,8 @@ def _locate(source: str | os.PathLike[str]) -> Path:
 
 def _open_file(path: Path, split: str | None, options: dict[str, Any], columns: dict[str, Any]) -> ImageDataset:
     suffix = path.suffix.lower()
+    if split is not None and suffix in (".parquet", ".npy", ".bin"):
+        raise DataError(f"{path}: a single file has no splits, but split={split!r} was asked for; leave it out")
     if suffix == ".parquet":
         return ParquetImages([path], **columns, **options)
     if suffix in (".npy", ".npz"):
@@ -131,7 +133,7 @@ def _open_folder(path: Path, split: str | None, options: dict[str, Any], columns
     if (path / "data_batch_1").is_file() or (path / "test_batch").is_file() or ((path / "meta").is_file() and (path / "train").is_file()):
         raise DataError(_python_cifar(path))
     if (path / "images.npy").is_file():
-        return from_file(path / "images.npy", split, **options)
+        return _open_file(path / "images.npy", split, options, columns)
     return FolderImages(_split_folder(path, split), **options)
 
 
