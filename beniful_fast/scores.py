@@ -48,6 +48,37 @@ def softmax_score(logits: Tensor) -> Tensor:
     return top - others.logsumexp(1) if logits.shape[1] > 1 else top.abs()
 
 
+def typical(t: Tensor, predictions: Tensor, n_classes: int, share: float, rounds: int = 3) -> Tensor:
+    """Which samples to fit on when some of them may be triggered: all but the farthest of their predicted class.
+
+    Concentration steps, as in FAST-MCD (Rousseeuw and Van Driessen 1999): the Mahalanobis distance is fitted on the samples that are kept,
+    then the farthest `share` of all is left out, a few times over. The start is the half nearest to the median of its class (Olive 2004):
+    triggered images lie close together, and a fit that begins with them learns them.
+
+    Args:
+        t: (N, D) standardised features.
+        predictions: (N,) predicted classes.
+        n_classes: how many there are.
+        share: to leave out.
+        rounds: of fitting and leaving out.
+
+    Returns:
+        (N,) bool, True = fit on it.
+    """
+    distance = torch.empty(len(t), dtype=t.dtype, device=t.device)
+    for k in predictions.unique().tolist():
+        mine = predictions == k
+        distance[mine] = (t[mine] - t[mine].median(0).values).square().mean(1)
+    count = len(t) // 2
+    for _ in range(rounds):
+        kept = distance.topk(count, largest=False).indices
+        with torch.device(t.device):  # whatever the caller's default device is
+            gaussians = ClassGaussians(t.shape[1], n_classes)
+        distance = gaussians.fit(t[kept], predictions[kept])(t, predictions)
+        count = len(t) - int(share * len(t))
+    return torch.zeros(len(t), dtype=torch.bool, device=t.device).index_fill_(0, distance.topk(count, largest=False).indices, True)
+
+
 class ClassGaussians(nn.Module):
     """Class-conditional Mahalanobis distance: a mean for each *predicted* class, one shared covariance (Lee et al. 2018).
 

@@ -18,13 +18,15 @@ from .calibration import Calibration, check_count, check_options, images_needed
 from .features import FeatureTap
 from .pipeline import PRECISIONS, Pipeline, Raw, join
 from .results import ScreeningResult
-from .scores import SCORES, ClassGaussians, iqr
+from .scores import SCORES, ClassGaussians, iqr, typical
 from .vae import MINIMUM, FeatureVAE, fit_image_vae, fit_vae
 
 READINGS = ("features", "images")
 LATENT = {"features": 4, "images": 32}
 # Features wait for this many rows, because the detector's matrix products are too small to run batch by batch.
 FLUSH_ROWS = 2048
+# Share of the fit half that is left out of fitting: 1 % triggered images there would otherwise be learnt as clean.
+TRIM, OUTLIERS = 0.03, "left out "
 # What fit sets, and puts back where it fails.
 FITTED = ("_vae", "_gaussians", "_calibration", "_consistent_by", "consistency_note", "weight", "r2", "n_fit", "n_classes", "weights_hash")
 
@@ -343,17 +345,32 @@ class Screener(Pipeline):
                 if self.score_kind == "mahalanobis":
                     self._gaussians = ClassGaussians(z.shape[1], self.n_classes).fit(self._vae.standardize(z), classes)
             return
+        keep = self._without_outliers(z, classes)
         if self.reconstruct == "images":
             assert images is not None
-            self._vae, self.r2 = fit_image_vae(z, images.to(z.device), latent=self.latent, seed=self.seed)
+            self._vae, self.r2 = fit_image_vae(z[keep], images.to(z.device)[keep], latent=self.latent, seed=self.seed)
             self._consistent_by, self.consistency_note = "image", "consistency=False" if self.consistency is False else ""
         else:
-            self._vae, self.r2 = fit_vae(z, latent=self.latent, seed=self.seed)
+            self._vae, self.r2 = fit_vae(z[keep], latent=self.latent, seed=self.seed)
             self._consistent_by, self.consistency_note = self._choose_consistency(z, classes)
         # The weight is that of log d alone, so d is scored without it first.
         self.weight = 0.0
         log_d, _, _ = self._from_cache(raw, images)
         self.weight = iqr(log_d)
+
+    def _without_outliers(self, z: Tensor, classes: Tensor) -> Tensor:
+        """Rows of the fit half to fit on. The calibration half keeps all its images, so the false-positive rate is not touched."""
+        self.notes[:] = [note for note in self.notes if not note.startswith(OUTLIERS)]
+        keep = torch.ones(len(z), dtype=torch.bool, device=z.device)
+        count = int(TRIM * len(z))
+        # A covariance of fewer images than dimensions calls arbitrary ones far.
+        if count and len(z) >= 2 * z.shape[1]:
+            std = z.std(0)
+            keep = typical((z - z.mean(0)) / (std + 1e-3 * std.mean() + 1e-6), classes, self.n_classes, TRIM)
+            self.notes.append(
+                f"{OUTLIERS}{count} of {len(z)} fit images, the farthest of their class: clean sets may hold triggered images"
+            )
+        return keep
 
     def _from_cache(self, raw: Raw, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scores of images whose raw values are cached; those that need the images run again."""

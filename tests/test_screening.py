@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from beniful_fast.results import ScreeningResult
-from beniful_fast.scores import SCORES
+from beniful_fast.scores import SCORES, typical
 from beniful_fast.screening import Screener
+from beniful_fast.vae import fit_vae
 
 from .models import ConvHead, Returns, SmallNet, Tokens, images, seeded
 from .screening_cases import CLEAN, spread_net, strange
@@ -74,6 +75,48 @@ def test_nothing_looks_at_the_calibration_half(model):
     assert all(torch.equal(a, b) for a, b in zip(first._vae.state_dict().values(), second._vae.state_dict().values(), strict=True))
     assert first.weight == second.weight
     assert not torch.equal(first.calibration.scores, second.calibration.scores)
+
+
+def contaminated(n: int = 1200, planted: int = 15) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of three classes, and, first, a tight cluster inside one of them, some way off: what a backdoor makes of its trigger."""
+    generator = torch.Generator().manual_seed(3)
+    classes = torch.randint(0, 3, (n,), generator=generator)
+    t = torch.randn(n, 24, generator=generator) + 4 * torch.nn.functional.one_hot(classes, 24)
+    away = torch.randn(24, generator=generator)
+    classes[:planted] = 0
+    t[:planted] = 12 * away / away.norm() + 0.2 * torch.randn(planted, 24, generator=generator)
+    return t, classes
+
+
+@pytest.mark.parametrize("planted", [0, 1, 15, 30])
+def test_typical_leaves_out_a_planted_cluster(planted):
+    t, classes = contaminated(planted=planted)
+    keep = typical(t, classes, 3, 0.03)
+    assert int(keep.sum()) == 1200 - 36
+    assert not keep[:planted].any()
+    assert torch.equal(keep, typical(t, classes, 3, 0.03))
+
+
+def test_triggered_images_among_the_clean_ones_are_not_learnt(model):
+    t, classes = contaminated()
+    screener = Screener(model)
+    screener.n_classes = 3
+    keep = screener._without_outliers(t, classes)
+    assert not keep[:15].any()
+    assert [n for n in screener.notes if "left out" in n] == [
+        "left out 36 of 1200 fit images, the farthest of their class: clean sets may hold triggered images"
+    ]
+    # With them the autoencoder rebuilds the cluster well; without, worse than nearly all clean samples.
+    errors = []
+    for rows in (keep, torch.ones_like(keep)):
+        vae, _ = fit_vae(t[rows], latent=4, seed=0, epochs=30)
+        with torch.no_grad():
+            errors.append((vae.standardize(t) - vae.decode(vae.encode(vae.standardize(t))[0])).square().mean(1))
+    assert float(errors[0][:15].min()) > float(errors[0][15:].quantile(0.95))
+    assert float(errors[1][:15].median()) < float(errors[1][15:].median())
+    # Fewer images than twice the dimensions: no covariance to trust, so all are kept, and the note is gone.
+    assert screener._without_outliers(t[:40], classes[:40]).all()
+    assert not [n for n in screener.notes if "left out" in n]
 
 
 def test_own_calibration_set(model):
