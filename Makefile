@@ -19,7 +19,7 @@ demo: $(VENV)/.ready
 	$(BIN)/beniful-fast demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
