@@ -20,7 +20,7 @@ class WaNet(Attack):
     Args:
         target, seed: see `Attack`.
         k: side of the coarse grid of random shifts, upsampled to the image.
-        s: strength; shifts are s pixels on average over the coarse grid.
+        s: strength; shifts are s / 2 pixels on average over the coarse grid (s / H of coordinates that run from -1 to 1).
         noise: cover samples for each poisoned one; 0 switches noise mode off.
         grid: (1, H, W, 2) sampling grid in [-1, 1] instead of the drawn one (`grid_sample` with align_corners=True).
     """
@@ -66,7 +66,7 @@ class WaNet(Attack):
         return _warp(images, self.grid(*images.shape[2:]).expand(len(images), -1, -1, -1))
 
     def cover_samples(self, images: Tensor, indices: Sequence[int]) -> Tensor:
-        """Copies warped by the grid plus uniform noise of up to one pixel (noise mode)."""
+        """Copies warped by the grid plus uniform noise of up to half a pixel (noise mode)."""
         check_images(images)
         height, width = images.shape[2:]
         noise = [torch.rand(height, width, 2, generator=g) * 2 - 1 for g in sample_generators(self.seed, indices)]

@@ -237,7 +237,15 @@ class Evaluation:
 
         clean = TensorDataset(*self._defender())
         done = remove(
-            net.model, clean, method=REMOVALS[name], suspicious=suspicious, evaluate=judge, device=self.device, seed=spec.seed, **options
+            net.model,
+            clean,
+            method=REMOVALS[name],
+            suspicious=suspicious,
+            evaluate=judge,
+            curve=True,
+            device=self.device,
+            seed=spec.seed,
+            **options,
         )
         return {
             "before": done.before,

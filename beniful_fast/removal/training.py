@@ -97,6 +97,7 @@ class Job:
         data: clean images to train on and to judge by.
         suspicious: unlabelled flagged images (N, ...), or None.
         layer: the caller's layer names, or None.
+        judge: the caller's own figures of a model, for each row of the history; None leaves them out.
     """
 
     student: nn.Module
@@ -110,6 +111,7 @@ class Job:
     progress: Callable[[dict[str, Any]], Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    judge: Callable[[nn.Module], dict[str, float]] | None = None
     _bearable: tuple[int, bool] | None = None
 
     def to_device(self, x: Tensor) -> Tensor:
@@ -253,6 +255,9 @@ def train(
             raise RuntimeError(f"the loss is {figures['loss']} in epoch {epoch + 1} of {phase!r}: try a smaller lr than {recipe.lr}")
         accuracy = job.accuracy(net)
         row = {"epoch": epoch + 1, "phase": phase, **figures, "accuracy": accuracy, "seconds": time.perf_counter() - begin}
+        if job.judge is not None:
+            with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+                row |= job.judge(net)
         job.history.append(row)
         if job.progress is not None:
             job.progress(row)

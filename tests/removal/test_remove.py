@@ -128,6 +128,19 @@ def test_history_progress_and_repr() -> None:
     assert "beniful" in repr(result) and "ACC 0.5 -> 0.5" in repr(result) and result.seconds > 0
 
 
+def test_a_curve_has_the_callers_figures_for_every_epoch_and_changes_nothing() -> None:
+    def judge(model: nn.Module) -> dict[str, float]:
+        torch.rand(7)  # a judge that draws must not change the training
+        return {"norm": float(sum(p.detach().norm() for p in model.parameters()))}
+
+    drops = nn.Sequential(seeded(SmallNet), nn.Dropout(0.5))
+    bent = remove(drops, labelled(), method="finetune", epochs=3, evaluate=judge, curve=True, tolerance=1.0)
+    plain = remove(drops, labelled(), method="finetune", epochs=3, evaluate=judge, tolerance=1.0)
+    assert equal(state(bent.model), state(plain.model)) and "norm" not in plain.history[0]
+    norms = [row["norm"] for row in bent.history]
+    assert len(set(norms)) == 3 and norms[-1] == bent.after["norm"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_seed_decides(method: str) -> None:
     one, same, other = (remove(seeded(SmallNet), labelled(), method=method, epochs=1, seed=seed).model for seed in (0, 0, 1))
@@ -208,6 +221,7 @@ def test_a_wrapper_is_taken_off_and_said_so() -> None:
         (None, {"layer": "conv"}, "near matches: 'conv2', 'conv1'"),
         (None, {"layer": "conv", "method": "nad"}, "near matches: 'conv2', 'conv1'"),
         (None, {"lr": -1.0}, "lr: got -1.0"),
+        (None, {"curve": True}, "curve: got True without"),
         (None, {"epochs": 0}, "epochs: got 0"),
         (None, {"precision": "fp8"}, "precision: got 'fp8'"),
         (None, {"direction": "sideways"}, "direction: got 'sideways'"),
