@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .features import FeatureTap
+from .inspection import InspectionReport, inspect
 from .ops import (
     ChannelStats,
     SampleMean,
@@ -32,6 +33,7 @@ __all__ = [
     "ChannelStats",
     "FeatureTap",
     "FeatureVAE",
+    "InspectionReport",
     "RemovalResult",
     "SampleMean",
     "Screener",
@@ -39,6 +41,7 @@ __all__ = [
     "backends",
     "channel_stats",
     "feature_distance_loss",
+    "inspect",
     "reconstruction_distance",
     "remove",
     "vae_reconstruction_distance",

@@ -1,9 +1,14 @@
 """BeniFul's elimination (arXiv 2410.14723): a feature distance loss between the repaired model and the backdoored one.
 
 L = CE(M_e(x), y) + weight * F, where F compares pooled middle features of the student with those of the frozen, backdoored model. The
-sources leave F's direction open. "align" follows the frozen model's features of *clean* images: the last layers, where a trigger's small
-trace grows into the target class, start anew and learn the clean features again, and nothing in clean images teaches them the trigger.
-"repel" keeps the weights and drives the features away from the frozen ones by a hinge, max(0, margin - distance).
+sources leave F's direction open.
+
+"align" has two halves. The first forgets: the last layers, where a trigger's small trace grows into the target class, start anew, and F
+pulls the features of adversarial images to the frozen model's features of the clean images that they were made of. Adversarial images are
+small changes that give another class in the backdoored model, and the shortest way there is often its backdoor, so they stand in for
+triggered ones. The second half recovers accuracy: F and a distillation follow the frozen model on clean images, which hold no trigger.
+
+"repel" keeps the weights and drives the features of clean images away from the frozen ones by a hinge, max(0, margin - distance).
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from torch.nn import functional as F
 from ..features import predicted
 from ..ops import feature_distance_loss
 from ..vae import FeatureVAE, fit_vae
+from .adversarial import Perturbation
 from .stages import Taps, find_stages, last_layers
 from .training import PREDICT_BATCH, Job, Recipe, check_at_least_0, train
 
@@ -43,8 +49,12 @@ class Options(Recipe):
             one), 0 for "repel".
         keep: share of their old weights in those that start anew.
         rest_lr: learning rate of all other layers, as a share of `lr`, where layers start anew; at 0 their BatchNorm statistics stay too.
-        distill: weight of the divergence from the frozen model's softened logits on clean images, which keeps accuracy.
+        distill: weight of the divergence from the frozen model's softened logits on clean images, which brings accuracy back.
         temperature: of that softening.
+        forget: share of the epochs, the first ones, that train on adversarial images instead of following the frozen model, for "align".
+        adversarial: weight of their feature distance.
+        eps: largest change of their pixels, as a share of the pixel range of the clean images.
+        adversarial_steps: gradient steps to each.
         suspicious_weight: of suspicious inputs in the second phase, which exists only with them.
         suspicious_epochs: its length; its learning rate is a fifth of `lr`.
     """
@@ -59,6 +69,10 @@ class Options(Recipe):
     rest_lr: float = 0.5
     distill: float = 1.0
     temperature: float = 4.0
+    forget: float = 0.5
+    adversarial: float = 1.0
+    eps: float = 0.06
+    adversarial_steps: int = 3
     suspicious_weight: float = 1.0
     suspicious_epochs: int = 5
     epochs: int = 12
@@ -69,17 +83,19 @@ class Options(Recipe):
         for name, takes in (("direction", DIRECTIONS), ("targets", TARGETS), ("kind", KINDS)):
             if getattr(self, name) not in takes:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, takes one of {', '.join(map(repr, takes))}")
-        for name in ("weight", "margin", "rest_lr", "distill", "suspicious_weight"):
+        for name in ("weight", "margin", "rest_lr", "distill", "suspicious_weight", "forget", "adversarial", "eps"):
             check_at_least_0(name, getattr(self, name))
         check_at_least_0("keep", self.keep)
         if self.restart is not None:
             check_at_least_0("restart", self.restart)
-        if self.keep > 1 or (self.restart or 0) > 1:
-            raise ValueError(f"keep, restart: got {self.keep}, {self.restart}, takes shares in [0, 1]")
+        if self.keep > 1 or self.forget > 1 or (self.restart or 0) > 1:
+            raise ValueError(f"keep, forget, restart: got {self.keep}, {self.forget}, {self.restart}, takes shares in [0, 1]")
         if not self.temperature > 0:
             raise ValueError(f"temperature: got {self.temperature!r}, takes a positive number")
-        if not isinstance(self.suspicious_epochs, int) or self.suspicious_epochs < 1:
-            raise ValueError(f"suspicious_epochs: got {self.suspicious_epochs!r}, takes a positive whole number")
+        for name in ("suspicious_epochs", "adversarial_steps"):
+            number = getattr(self, name)
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ValueError(f"{name}: got {number!r}, takes a positive whole number")
 
 
 def run(job: Job, options: Options) -> None:
@@ -101,7 +117,7 @@ def run(job: Job, options: Options) -> None:
         start_anew(job.student, restarted, options.keep)
     with Taps(job.frozen, layers) as wanted, Taps(job.student, layers) as taps:
         loss = _Loss(job, options, wanted, taps)
-        train(job, options, loss, phase="repair", slow=slow, held=held)
+        train(job, options, loss, phase="repair", slow=slow, held=held, before_epoch=loss.begin)
         if job.suspicious is not None:
             _second_phase(job, options, loss, slow, held)
 
@@ -119,32 +135,61 @@ def start_anew(model: nn.Module, names: list[str], keep: float) -> None:
 
 
 class _Loss:
-    """CE + distillation + feature distance of a clean batch; with `suspects`, their part as well."""
+    """The loss of a batch: cross-entropy, and with it what forgets, what recovers, or what repels; with `suspects`, their part as well."""
 
     def __init__(self, job: Job, options: Options, wanted: Taps, taps: Taps) -> None:
         self.job, self.options, self.wanted, self.taps = job, options, wanted, taps
         self.suspects: tuple[Tensor, Tensor] | None = None
+        self.forgetting = False
         self.targets = self._make_targets()
         self.generator = torch.Generator().manual_seed(job.seed + 1)
+        self.perturb = Perturbation(job.data.images, options.eps, options.adversarial_steps, torch.Generator().manual_seed(job.seed + 2))
+
+    def begin(self, epoch: int) -> None:
+        """Called before each epoch, from 0."""
+        self.forgetting = self.options.direction == "align" and epoch < self.options.forget * self.options.epochs
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        job, options = self.job, self.options
         with torch.no_grad():
-            teacher = job.logits(job.frozen, x)
+            teacher = self.job.logits(self.job.frozen, x)
             goals = [make(z, y) for make, z in zip(self.targets, self.wanted.pooled(), strict=True)]
-        logits = job.logits(job.student, x)
-        features = self.taps.pooled()
-        margin = options.margin if options.direction == "repel" else None
-        weights = [options.weight / len(features)] * len(features)
-        distance = feature_distance_loss(features, goals, kind=options.kind, margin=margin, weights=weights)
-        total = job.cross_entropy(logits, y) + distance
-        if options.distill:
-            total = total + options.distill * divergence(logits, teacher, options.temperature)
-        terms = {"feature_distance": distance}
+        total, terms = self._forget(x, y, goals) if self.forgetting else self._follow(x, y, goals, teacher)
         if self.suspects is not None:
             terms["suspicious"] = self._suspicious()
             total = total + terms["suspicious"]
         return total, terms
+
+    def _follow(self, x: Tensor, y: Tensor, goals: list[Tensor], teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy, distillation, and the feature distance of clean images."""
+        options = self.options
+        logits, features = self.job.logits(self.job.student, x), self.taps.pooled()
+        margin = options.margin if options.direction == "repel" else None
+        weights = [options.weight / len(features)] * len(features)
+        distance = feature_distance_loss(features, goals, kind=options.kind, margin=margin, weights=weights)
+        total = self.job.cross_entropy(logits, y) + distance
+        if options.distill:
+            total = total + options.distill * divergence(logits, teacher, options.temperature)
+        return total, {"feature_distance": distance}
+
+    def _forget(self, x: Tensor, y: Tensor, goals: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of clean images, and the feature distance of adversarial ones from them."""
+        job = self.job
+
+        def summed(images: Tensor) -> Tensor:
+            # A mean would make the gradients of large batches vanish in half precision.
+            return job.cross_entropy(job.logits(job.frozen, images), y) * len(images)
+
+        changed = self.perturb(summed, x)
+        with torch.no_grad():
+            fooled = predicted(job.logits(job.frozen, changed)) != y
+        self.wanted.pooled()  # those of the adversarial images are not wanted
+        # One pass for both, so that BatchNorm sees them as one batch.
+        logits = job.logits(job.student, torch.cat([x, changed]))[: len(x)]
+        features = [z[len(x) :] for z in self.taps.pooled()]
+        distance = feature_distance_loss(features, goals, kind=self.options.kind, reduction="none")
+        # Only where the backdoored model is fooled: a change that it withstands is no trigger.
+        distance = (distance * fooled).mean()
+        return job.cross_entropy(logits, y) + self.options.adversarial * distance, {"adversarial_distance": distance}
 
     def _make_targets(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
         """For each layer, what turns the frozen model's features (N, C) of images of classes (N,) into targets."""

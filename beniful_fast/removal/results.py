@@ -22,8 +22,9 @@ class RemovalResult:
 
     Attributes:
         model: the repaired copy, in the caller's train or eval modes, dtype and memory; the caller's own model is as it was.
-        history: one dict an epoch: "epoch" (from 1), "phase", "loss" (mean), "accuracy" (on held-out clean images, in [0, 1]), "seconds",
-            what else the method measures, and with `curve` what `evaluate` returned.
+        history: one dict an epoch: "epoch" (from 1), "phase", "loss" (mean), "accuracy" (on held-out clean images, in [0, 1]), "seconds";
+            or a point of a pruning curve, with "pruned" in place of "epoch". Also what else the method measures, and with `curve` what
+            `evaluate` returned.
         before, after: what `evaluate` returned, {} without it.
         did_nothing: nothing changed that matters. With `evaluate`: no figure moved by 2 points or more (shares are taken as points of
             100 where all figures lie in [-1, 1]). Without, or beside it: every parameter is bit-identical (BatchNorm's running
@@ -47,7 +48,8 @@ class RemovalResult:
         return sum(row["seconds"] for row in self.history)
 
     def __repr__(self) -> str:
-        lines = [f"method={self.method!r}, {len(self.history)} epochs in {self.seconds:.1f} s"]
+        steps = "points" if self.history and "pruned" in self.history[-1] else "epochs"
+        lines = [f"method={self.method!r}, {len(self.history)} {steps} in {self.seconds:.1f} s"]
         if self.did_nothing:
             lines.append("DID NOTHING that matters: the model behaves as before")
         figures = [f"{name} {self.before.get(name, math.nan):.4g} -> {value:.4g}" for name, value in self.after.items()]

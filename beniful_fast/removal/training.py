@@ -114,6 +114,15 @@ class Job:
     judge: Callable[[nn.Module], dict[str, float]] | None = None
     _bearable: tuple[int, bool] | None = None
 
+    def log(self, row: dict[str, Any], model: nn.Module) -> None:
+        """Adds a row to the history, with the caller's figures of `model` if there are to be any, and reports it."""
+        if self.judge is not None:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                row |= self.judge(model)
+        self.history.append(row)
+        if self.progress is not None:
+            self.progress(row)
+
     def to_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.dtype) if x.is_floating_point() else x.to(self.device)
 
@@ -184,6 +193,7 @@ def train(
     model: nn.Module | None = None,
     phase: str = "train",
     after_step: Callable[[], None] | None = None,
+    before_epoch: Callable[[int], None] | None = None,
     slow: Mapping[nn.Parameter, float] | None = None,
     held: Sequence[nn.Module] = (),
 ) -> None:
@@ -193,6 +203,7 @@ def train(
         loss: of a batch, already augmented and on the device; None is cross-entropy.
         phase: for the history.
         after_step: called after each step without gradients, to hold weights where they must stay.
+        before_epoch: called with the epoch's number, from 0.
         slow: parameters whose learning rate is a share of the recipe's.
         held: modules that stay in eval mode, so that their BatchNorm statistics do.
 
@@ -224,6 +235,8 @@ def train(
     best, kept = -1.0, None
     for epoch in range(recipe.epochs):
         begin = time.perf_counter()
+        if before_epoch is not None:
+            before_epoch(epoch)
         net.train()
         for module in held:
             module.training = False
@@ -255,12 +268,7 @@ def train(
             raise RuntimeError(f"the loss is {figures['loss']} in epoch {epoch + 1} of {phase!r}: try a smaller lr than {recipe.lr}")
         accuracy = job.accuracy(net)
         row = {"epoch": epoch + 1, "phase": phase, **figures, "accuracy": accuracy, "seconds": time.perf_counter() - begin}
-        if job.judge is not None:
-            with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-                row |= job.judge(net)
-        job.history.append(row)
-        if job.progress is not None:
-            job.progress(row)
+        job.log(row, net)
         # The first half, at the high learning rate, still holds the backdoor: there a high accuracy means little.
         if 2 * epoch + 1 >= recipe.epochs:
             best = max(best, accuracy)

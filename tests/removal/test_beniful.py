@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from beniful_fast.attacks import BadNets
 from beniful_fast.evaluation.networks import network
 from beniful_fast.removal import remove
+from beniful_fast.removal.adversarial import Perturbation
 from beniful_fast.removal.beniful import divergence, start_anew
 from beniful_fast.removal.results import figures_moved
 from beniful_fast.removal.stages import Taps, find_stages, last_layers
@@ -17,6 +18,10 @@ from beniful_fast.removal.training import learning_rate
 
 from ..models import SmallNet, Tokens, images, seeded
 from .bed import bed, figures
+
+
+def labelled() -> tuple[torch.Tensor, torch.Tensor]:
+    return images(60), torch.arange(60) % 4
 
 
 @pytest.mark.parametrize("options", [{"direction": "repel"}, {"targets": "vae"}, {"targets": "class_mean"}, {"rest_lr": 0.0}])
@@ -39,9 +44,33 @@ def test_suspicious_inputs_help_and_false_positives_do_not_harm() -> None:
     assert figures(clean_only.model)["ACC"] > figures(net)["ACC"] - 0.05
 
 
+def test_the_first_half_forgets_and_the_second_follows_the_frozen_model() -> None:
+    options = {"epochs": 4, "lr": 0.02}
+    history = remove(seeded(SmallNet), labelled(), **options).history  # type: ignore[arg-type]
+    assert ["adversarial_distance" in row for row in history] == [True, True, False, False]
+    assert ["feature_distance" in row for row in history] == [False, False, True, True]
+    assert all("feature_distance" in row for row in remove(seeded(SmallNet), labelled(), forget=0.0, **options).history)  # type: ignore[arg-type]
+    assert all("feature_distance" in row for row in remove(seeded(SmallNet), labelled(), direction="repel", **options).history)  # type: ignore[arg-type]
+
+
+def test_adversarial_images_lose_their_power() -> None:
+    """What fooled the backdoored model fools the repaired one less than one that was only trained on."""
+    net, (x, y), (test, truth), _ = bed()
+    attack = Perturbation(x, 0.2, 5, torch.Generator().manual_seed(0))
+
+    def fooled(model: nn.Module) -> float:
+        changed = attack(lambda v: F.cross_entropy(net(v), truth, reduction="sum"), test)
+        with torch.no_grad():
+            return float((model(changed).argmax(1) != truth).float().mean())
+
+    options = {"epochs": 6, "eps": 0.2, "seed": 1}
+    with_it, without = (fooled(remove(net, (x, y), adversarial=weight, **options).model) for weight in (1.0, 0.0))  # type: ignore[arg-type]
+    assert with_it < without < fooled(net)
+
+
 def test_rest_lr_0_keeps_all_but_the_last_layers() -> None:
     net = seeded(SmallNet)
-    result = remove(net, (images(60), torch.arange(60) % 4), epochs=1, rest_lr=0.0, weight_decay=0.0)
+    result = remove(net, labelled(), epochs=1, rest_lr=0.0, weight_decay=0.0)
     assert "started anew: 3 layers, 'conv2' to 'fc'" in result.notes
     for name, value in net.state_dict().items():
         assert torch.equal(value, result.model.state_dict()[name]) is name.startswith(("conv1", "bn1")), name

@@ -1,0 +1,111 @@
+"""Is this model backdoored? One verb, `inspect`, and what it returns.
+
+>>> report = inspect(model, clean)                      # doctest: +SKIP
+>>> report.verdict, report.target, report.confidence    # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..features import FeatureTap, find_logits, predicted, unwrap
+from ..removal.data import LEAST, read_labelled
+from ..removal.training import PREDICT_BATCH, reproducible
+from . import ban, inversion
+from .results import Evidence, InspectionReport, Job, Skipped
+
+__all__ = ["METHODS", "Evidence", "InspectionReport", "Skipped", "inspect"]
+
+METHODS: dict[str, Callable[[Job], Evidence]] = {"ban": ban.run, "neural_cleanse": inversion.run}
+
+
+def inspect(
+    model: nn.Module,
+    clean: Any,
+    *,
+    methods: str | Sequence[str] | None = None,
+    layer: str | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    faithful: bool = False,
+    progress: Callable[[dict[str, Any]], Any] | None = None,
+) -> InspectionReport:
+    """Says whether a classifier is backdoored, towards which class, how sure that is and why, from clean labelled images alone.
+
+    Args:
+        model: any nn.Module that takes a batch of images and gives logits (or a dict, ModelOutput or tuple with them). All work is done on
+            a copy, in float32 where it is in half precision; the model is left bit-identical.
+        clean: labelled clean images: (images, labels), a Dataset or a DataLoader of (image, label, ...) or dicts with "image" and
+            "label". Some hundred, all classes alike often, best such that the model was not trained on.
+        methods: names in `METHODS`, or None for all that fit.
+        layer: where "ban" masks features, a module's name; None finds the last map before global pooling.
+        device: to work on; None is the model's own.
+        seed: of all that is drawn; the same seed gives the same report on the same machine.
+        faithful: the methods as published instead of fast; many times slower.
+        progress: called with a dict after each step of a method that is worth telling.
+
+    Returns:
+        `InspectionReport`. "clean" means that nothing was found; what a method can't see, such as all-to-all backdoors, its module says.
+
+    Raises:
+        ValueError: an unknown method or layer, no labels, a single class, too few images, or labels that the model's classes don't have.
+        TypeError: no nn.Module, no images, or a model without logits.
+    """
+    names = list(METHODS) if methods is None else [methods] if isinstance(methods, str) else list(methods)
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise ValueError(f"methods: got {unknown[0] if unknown else names!r}, takes some of {', '.join(map(repr, METHODS))}")
+    plain = unwrap(model)
+    if layer is not None:
+        FeatureTap(plain, layer)
+    images, labels = read_labelled(clean)
+    if len(images) < LEAST:
+        raise ValueError(f"clean: got {len(images)} images, takes at least {LEAST}")
+    weights = [p for p in plain.parameters() if p.is_floating_point()]
+    home = weights[0].device if weights else torch.device("cpu")
+    place = home if device is None else torch.device(device)
+    evidence, skipped = [], {}
+    with reproducible(seed, place):
+        job = _prepare(plain, images, labels, place, seed, faithful, layer, progress)
+        for name in names:
+            try:
+                evidence.append(METHODS[name](job))
+            except Skipped as reason:
+                skipped[name] = str(reason)
+    return InspectionReport.of(evidence, skipped)
+
+
+def _prepare(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    device: torch.device,
+    seed: int,
+    faithful: bool,
+    layer: str | None,
+    progress: Callable[[dict[str, Any]], Any] | None,
+) -> Job:
+    twin = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters()):
+        twin = twin.float()
+    dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+    # A sorted loader would give batches, and a held-out half, of a few classes only.
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    job = Job(twin, images[order], labels[order], 0, 0.0, device, dtype, seed, faithful, layer, progress)
+    with torch.no_grad():
+        outputs = [find_logits(twin(job.to_device(part)), len(part)) for part in job.images[:1000].split(PREDICT_BATCH)]
+    logits = torch.cat(outputs)
+    job.classes = max(logits.shape[1], 2)
+    if int(labels.max()) >= job.classes:
+        raise ValueError(f"clean: got class {int(labels.max())}, but the model gives {job.classes} classes, 0 to {job.classes - 1}")
+    job.accuracy = float((predicted(logits).cpu() == job.labels[: len(logits)]).float().mean())
+    if job.accuracy < min(2 / job.classes, 0.6):
+        raise ValueError(
+            f"clean: the model is right on {job.accuracy:.1%} of these images, hardly more than by chance; check labels and pixel range"
+        )
+    return job

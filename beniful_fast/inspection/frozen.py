@@ -1,0 +1,103 @@
+"""What the searches through a model share: a frozen copy of it, clean images that fit, and their pixel range."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..features import find_logits, unwrap
+from ..removal.data import CleanData, split
+from ..removal.training import PRECISIONS
+
+HELD_OUT, MOST_HELD_OUT = 0.2, 256
+
+
+class Frozen:
+    """A copy of the caller's model in eval mode without trainable parameters, float32 where it was in half precision.
+
+    Only gradients of its input flow, and the caller's own model is out of reach.
+
+    Args:
+        images: a few (N, C, H, W); one forward pass tells the number of classes.
+        device: None is the model's own.
+        precision: None, or "bf16" for autocast.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, device: torch.device, precision: str | None = None) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: got {precision!r}, takes one of {', '.join(map(repr, PRECISIONS))}")
+        twin = copy.deepcopy(unwrap(model)).to(device).eval().requires_grad_(False)
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters())
+        self.model = twin.float() if half else twin
+        self.device, self.cast = device, PRECISIONS[precision]
+        self.dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+        self.forward_images = 0
+        self.format = torch.channels_last
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        try:
+            logits = self(self.prepare(images))
+        except RuntimeError:
+            # A `view` in the model may want its maps contiguous.
+            self.format = torch.contiguous_format
+            self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            logits = self(self.prepare(images))
+        self.n_classes = logits.shape[1]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images on the model's device, in its dtype and the fastest memory format."""
+        return images.to(self.device, self.dtype).contiguous(memory_format=self.format)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        # Without the cache of converted weights: only leaving the outermost autocast clears it, and that one may be the caller's.
+        return nullcontext() if self.cast is None else torch.autocast(self.device.type, self.cast, cache_enabled=False)
+
+    def __call__(self, images: Tensor, rows: int | None = None) -> Tensor:
+        """(N, K) logits, float32 or wider, K >= 2: a single logit z of a binary classifier becomes (0, z).
+
+        `rows` is N where a hook changes the number of images on the way.
+        """
+        self.forward_images += len(images)
+        with self.autocast():
+            out = find_logits(self.model(images.contiguous(memory_format=self.format)), rows or len(images))
+        out = out if out.dtype == torch.float64 else out.float()
+        return out if out.shape[1] > 1 else torch.cat([torch.zeros_like(out), out], 1)
+
+
+def home(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """The asked device, or that of the model's first parameter or buffer."""
+    if device is not None:
+        return torch.device(device)
+    plain = unwrap(model)
+    return next((t.device for tensors in (plain.parameters(), plain.buffers()) for t in tensors), torch.device("cpu"))
+
+
+def checked(images: Tensor, labels: Tensor, seed: int) -> CleanData:
+    """Clean images (N, C, H, W) with class numbers (N,), split; a fifth, at most 256, is held out.
+
+    Raises:
+        ValueError: no such tensors, images of one class alone, or fewer than 20.
+    """
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images: got {got}, takes a floating-point tensor (N, C, H, W)")
+    if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():
+        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels: got {got}, takes class numbers ({len(images)},)")
+    if not bool(images.isfinite().all()):
+        raise ValueError("images: some hold NaN or infinite pixels")
+    if len(labels.unique()) < 2:
+        raise ValueError("labels: got fewer than two classes: a trigger needs images of other classes than its target")
+    data = split(images.detach().cpu(), labels.detach().cpu().long(), HELD_OUT, seed)
+    return CleanData(data.images, data.labels, data.held_images[:MOST_HELD_OUT], data.held_labels[:MOST_HELD_OUT])
+
+
+def pixel_range(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest pixel of each channel, (C, 1, 1) each: [0, 1] if all of (N, C, H, W) lie inside it, else what they hold."""
+    low, high = (f(images, (0, 2, 3), keepdim=True)[0] for f in (torch.amin, torch.amax))
+    if bool((low >= 0).all()) and bool((high <= 1).all()):
+        return torch.zeros_like(low), torch.ones_like(high)
+    return low, high

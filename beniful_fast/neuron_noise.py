@@ -1,0 +1,99 @@
+"""Adversarial noise on neurons: relative noise on the affine terms of every norm layer, which raises a loss (BAN, arXiv 2405.19928)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+BATCH_NORM = ("batch", "running")
+
+
+def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The affine terms of a model's norm layers by name; one that two layers share comes once.
+
+    Norm layers are found by type, subclasses too: BatchNorm, InstanceNorm, LayerNorm, GroupNorm, RMSNorm.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, NORMS):
+            for key, parameter in module.named_parameters(name, recurse=False):
+                if not any(parameter is other for other in found.values()):
+                    found[key] = parameter
+    return found
+
+
+class NeuronNoise:
+    """y = (1 + d_w) gamma norm(x) + (1 + d_b) beta at every norm layer of a model, whose parameters and buffers stay as they are.
+
+    >>> noise = NeuronNoise(model, eps=0.3)                          # doctest: +SKIP
+    >>> noise.draw(torch.Generator().manual_seed(0))                 # d ~ U(-eps, eps)  # doctest: +SKIP
+    >>> for _ in range(30):                                          # doctest: +SKIP
+    ...     noise.ascend(cross_entropy(noise(x), y), step=0.3 / 30)
+
+    A call is a `torch.func.functional_call` with the noised terms and copies of the norm layers' buffers; gradients reach both the noise
+    and the model's parameters that require them.
+
+    Args:
+        model: the plain module, on one device; its modes are the caller's choice, BatchNorm's aside.
+        eps: bound of the noise's start, and with `projection` of the noise.
+        projection: hold |d| <= eps, as the paper says; without it (the authors' code) steps that sum to eps may carry |d| up to 2 eps.
+        batch_norm: "batch": BatchNorm takes the statistics of the batch, and the running ones kept here (`buffers`) follow with its
+            momentum, the model's own do not. "running": it takes `buffers`, which are the model's own until a call in mode "batch"
+            has moved them.
+
+    Raises:
+        ValueError: the model has no norm layer with affine terms, or an option is off.
+    """
+
+    def __init__(self, model: nn.Module, *, eps: float = 0.3, projection: bool = True, batch_norm: str = "batch") -> None:
+        if not eps >= 0:
+            raise ValueError(f"eps: got {eps!r}, takes a number >= 0")
+        if batch_norm not in BATCH_NORM:
+            raise ValueError(f"batch_norm: got {batch_norm!r}, takes one of {', '.join(map(repr, BATCH_NORM))}")
+        self.model, self.eps, self.projection, self.batch_norm = model, eps, projection, batch_norm
+        self.parameters = norm_parameters(model)
+        if not self.parameters:
+            raise ValueError(f"model: {type(model).__name__} has no norm layer with affine terms, takes one with BatchNorm, LayerNorm, ...")
+        self._norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
+        self.noise = {name: torch.zeros_like(p, requires_grad=True) for name, p in self.parameters.items()}
+        self.buffers = {key: b.clone() for name, module in self._norms.items() for key, b in module.named_buffers(name, recurse=False)}
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Starts anew, uniform in [-eps, eps]; drawn on the CPU, so that every device starts alike."""
+        for name, d in self.noise.items():
+            start = torch.rand(d.shape, generator=generator).mul_(2 * self.eps).sub_(self.eps)
+            self.noise[name] = start.to(d).requires_grad_()
+
+    def ascend(self, objective: Tensor, step: float) -> None:
+        """One step of the sign gradient that raises `objective`, a scalar computed from calls of this object."""
+        gradients = torch.autograd.grad(objective, list(self.noise.values()), allow_unused=True)
+        with torch.no_grad():
+            for d, gradient in zip(self.noise.values(), gradients, strict=True):
+                # A norm layer that did not run has no gradient.
+                if gradient is not None:
+                    d.add_(gradient.sign(), alpha=step)
+                if self.projection:
+                    d.clamp_(-self.eps, self.eps)
+
+    def __call__(self, x: Tensor) -> Any:
+        """The model's output for a batch under the noise."""
+        affine = {name: p * (1 + self.noise[name]) for name, p in self.parameters.items()}
+        with self._modes():
+            return functional_call(self.model, {**affine, **self.buffers}, (x,))
+
+    @contextmanager
+    def _modes(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self._norms.values()]
+        try:
+            for module, _ in modes:
+                module.training = self.batch_norm == "batch"
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode

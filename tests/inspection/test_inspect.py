@@ -1,0 +1,202 @@
+"""`inspect`: what it refuses, what it says, how evidence becomes a verdict, and that the caller's model stays as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from beniful_fast import inspection
+from beniful_fast.inspection import METHODS, Evidence, InspectionReport, Skipped, ban, inspect
+from beniful_fast.inspection.results import Job, judge
+
+from .. import third_party
+from ..models import Plain, Returns, SmallNet, images, seeded
+from . import bed
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> object:
+    """One thread, and as little work as shows that all parts run."""
+    monkeypatch.setattr(ban, "FAST", dataclasses.replace(ban.FAST, runs=1, steps=3, mask_steps=5))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def found(verdict: str, confidence: float, target: int | None = None, method: str = "ban") -> Evidence:
+    return Evidence(method, verdict, target, confidence, 0.5, (0.4, 0.6))
+
+
+@pytest.mark.parametrize(
+    ("evidence", "verdict", "target", "confidence"),
+    [
+        ([], "inconclusive", None, 0.0),
+        ([found("inconclusive", 0.0)], "inconclusive", None, 0.0),
+        ([found("backdoored", 0.8, 3)], "backdoored", 3, 0.8),
+        ([found("backdoored", 0.2, 3), found("backdoored", 0.6, 5)], "backdoored", 5, 0.4),
+        ([found("backdoored", 0.2, 3), found("clean", 0.8)], "clean", None, 0.3),
+        ([found("backdoored", 0.5, 3), found("clean", 0.5)], "inconclusive", None, 0.0),
+        ([found("clean", 0.9), found("inconclusive", 0.0)], "clean", None, 0.9),
+    ],
+)
+def test_methods_vote_with_their_confidence(evidence: list[Evidence], verdict: str, target: int | None, confidence: float) -> None:
+    report = InspectionReport.of(evidence, {})
+    assert (report.verdict, report.target) == (verdict, target)
+    assert report.confidence == pytest.approx(confidence)
+
+
+def test_confidence_grows_from_the_edges_of_the_band_to_the_ends_of_the_scale() -> None:
+    assert judge(0.4, 0.4, 0.6) == ("clean", 0.0) and judge(0.0, 0.4, 0.6) == ("clean", 1.0)
+    assert judge(0.6, 0.4, 0.6) == ("backdoored", 0.0) and judge(1.0, 0.4, 0.6) == ("backdoored", 1.0)
+    assert judge(0.5, 0.4, 0.6) == ("inconclusive", 0.0)
+    assert judge(3.0, 1.0, 2.0, most=4.0) == ("backdoored", 0.5) and judge(9.0, 1.0, 2.0, most=4.0)[1] == 1.0
+
+
+def test_the_report_reads_well_and_its_json_holds_all_numbers() -> None:
+    evidence = found("backdoored", 0.7, 2)
+    evidence.statistics, evidence.notes = {"share": 0.9, "worst": math.inf}, ["something odd"]
+    evidence.tensors = {"mask": torch.ones(2)}
+    report = InspectionReport.of([evidence], {"neural_cleanse": "one logit only"})
+    read = json.loads(report.to_json())
+    assert read == report.as_dict() and read["evidence"][0]["statistics"] == {"share": 0.9, "worst": None}
+    assert "tensors" not in read["evidence"][0] or not read["evidence"][0]["tensors"]
+    assert torch.equal(evidence.tensors["mask"], torch.ones(2))
+    for text in ("backdoored towards class 2", "0.70", "something odd", "neural_cleanse: skipped, one logit only"):
+        assert text in repr(report) and text in report.summary()
+
+
+def test_a_network_without_norm_layers_is_skipped_with_the_reason() -> None:
+    net = seeded(Plain, 3 * 12 * 12, 4)
+    report = inspect(net, bed.labelled(net, net.head), methods="ban")
+    assert report.verdict == "inconclusive" and not report.evidence
+    assert "no norm layer" in report.skipped["ban"]
+
+
+@pytest.mark.parametrize("kind", ["dict", "object", "tuple", "map"])
+def test_outputs_of_all_kinds(kind: str) -> None:
+    net = seeded(Returns, kind)
+    clean = bed.labelled(net, net.net.fc)
+    evidence = inspect(net, clean, methods="ban").evidence[0]
+    assert evidence.forward_images > evidence.backward_images > 0 and 0 <= evidence.statistic <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_leave_the_model_as_it_is(dtype: torch.dtype) -> None:
+    net = seeded(SmallNet)
+    clean = bed.labelled(net, net.fc)
+    net = net.to(dtype)
+    before = bed.state(net)
+    report = inspect(net, clean, methods="ban")
+    assert len(report.evidence) == 1 and math.isfinite(report.evidence[0].statistic)
+    assert bed.equal(before, bed.state(net)) and bed.hooks(net) == 0 and next(net.parameters()).dtype == dtype
+
+
+def test_the_callers_model_and_random_state_are_kept_and_the_seed_decides() -> None:
+    net = seeded(SmallNet)
+    clean = bed.labelled(net, net.fc)
+    net.train().bn1.eval()
+    net.fc.requires_grad_(False)
+    net.conv1.weight.grad = torch.randn_like(net.conv1.weight)
+    before, random = bed.state(net), torch.get_rng_state()
+    with torch.inference_mode():
+        one = inspect(net, clean, methods="ban", seed=1)
+    assert bed.equal(before, bed.state(net)) and torch.equal(random, torch.get_rng_state()) and bed.hooks(net) == 0
+    again, other = inspect(net, clean, methods="ban", seed=1), inspect(net, clean, methods="ban", seed=2)
+
+    def numbers(report: InspectionReport) -> dict[str, float]:
+        return report.evidence[0].statistics
+
+    torch.testing.assert_close(numbers(one), numbers(again), rtol=0, atol=0, equal_nan=True)
+    assert numbers(one)["noise"] != numbers(other)["noise"] or numbers(one)["entropy"] != numbers(other)["entropy"]
+
+
+def test_datasets_and_loaders_sorted_by_class_give_what_tensors_do() -> None:
+    net = seeded(SmallNet)
+    x, y = bed.labelled(net, net.fc)
+    order = y.argsort()
+    x, y = x[order], y[order]
+    reports = [inspect(net, data, methods="ban") for data in ((x, y), TensorDataset(x, y), DataLoader(TensorDataset(x, y), batch_size=7))]
+    shares = [report.evidence[0].per_class for report in reports]
+    assert shares[0] == shares[1] == shares[2] and len(shares[0]) == 4
+
+
+def test_methods_of_others_run_and_report_what_they_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Job] = []
+
+    def sees(job: Job) -> Evidence:
+        jobs.append(job)
+        job.report(method="sees", step=1)
+        return found("backdoored", 0.9, 1, "sees")
+
+    def cannot(job: Job) -> Evidence:
+        raise Skipped("not for this one")
+
+    monkeypatch.setitem(METHODS, "sees", sees)
+    monkeypatch.setitem(METHODS, "cannot", cannot)
+    net, rows = seeded(SmallNet), []
+    clean = bed.labelled(net, net.fc)
+    report = inspect(net, clean, methods=["sees", "cannot"], progress=rows.append)
+    assert (report.verdict, report.target, report.skipped) == ("backdoored", 1, {"cannot": "not for this one"})
+    job = jobs[0]
+    assert job.model is not net and job.classes == 4 and job.accuracy == 1.0 and rows == [{"method": "sees", "step": 1}]
+    assert not any(p.requires_grad for p in job.model.parameters()) and not job.model.training
+
+
+def test_bad_input_is_refused_by_name() -> None:
+    net = seeded(SmallNet)
+    x, y = bed.labelled(net, net.fc)
+    for clean, kind, text in (
+        ((x, torch.zeros_like(y)), ValueError, "clean: all 96 images are of class 0"),
+        (x, ValueError, "clean: got images without labels"),
+        ((x[:10], y[:10]), ValueError, "clean: got 10 images, takes at least 20"),
+        ((x, y + 3), ValueError, "clean: got class 6, but the model gives 4 classes"),
+        ((x, (y + 1) % 4), ValueError, "clean: the model is right on 0.0% of these images"),
+        ("folder", TypeError, "clean: got str"),
+    ):
+        with pytest.raises(kind, match=text):
+            inspect(net, clean)
+    with pytest.raises(ValueError, match="methods: got 'bann', takes some of 'ban'"):
+        inspect(net, (x, y), methods="bann")
+    with pytest.raises(ValueError, match="layer: 'fcc' is no module of SmallNet; near matches: 'fc'"):
+        inspect(net, (x, y), layer="fcc")
+    with pytest.raises(TypeError, match="model: got str"):
+        inspect("net", (x, y))  # type: ignore[arg-type]
+
+
+def test_a_binary_classifier_with_one_logit_gets_numbers_but_no_verdict() -> None:
+    class Binary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = SmallNet(classes=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    net, x = seeded(Binary), images(96)
+    with torch.no_grad():
+        net.net.fc.bias -= net(x).median()
+        y = (net(x)[:, 0] > 0).long()
+    report = inspect(net, (x, y), methods="ban")
+    assert report.verdict == "inconclusive" and any("2 classes" in note for note in report.evidence[0].notes)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "verdict", "target"), [("wrn16_1_grid_trigger_target0", "backdoored", 0), ("resnet20_clean", "clean", None)]
+)
+def test_real_networks(name: str, verdict: str, target: int | None, data_folder: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ban, "FAST", ban.Budget())
+    x, y = third_party.cifar10_test(data_folder)  # type: ignore[arg-type]
+    model, _ = third_party.load(data_folder, name)  # type: ignore[arg-type]
+    before = bed.state(model)
+    report = inspection.inspect(model, (x[:2500], y[:2500]), methods="ban")
+    assert (report.verdict, report.target) == (verdict, target) and report.confidence > 0
+    assert bed.equal(before, bed.state(model))
