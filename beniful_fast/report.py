@@ -1,4 +1,4 @@
-"""Pictures of detection results."""
+"""Pictures of what screening and inspection found."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data.base import need
+from .inspection import InspectionReport
+from .inspection.gradcam import draw_heat, heat_maps
 
 Scores = np.ndarray | Tensor | Sequence[float]
 INK, CLEAN, TRIGGERED, GREY = "#222222", "#3b6ea8", "#d1495b", "#8a8a8a"
@@ -86,6 +88,50 @@ def score_report(
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     figure.savefig(path, dpi=150)
     return means
+
+
+def inspection_report(report: InspectionReport, path: str | os.PathLike[str], model: nn.Module, images: Tensor) -> None:
+    """Draws what an inspection found: each method's figure for every class, an inverted trigger, and Grad-CAM heat maps.
+
+    Args:
+        report: of `inspect`.
+        path: the file; its suffix is the format.
+        model, images: the inspected model and a few clean images (N, C, H, W), for the heat maps; with an inverted trigger also stamped.
+
+    Raises:
+        ModuleNotFoundError: matplotlib or captum is missing; the message names the extra.
+    """
+    agg = need("matplotlib.backends.backend_agg", "report")
+    charted = [found for found in report.evidence if found.per_class]
+    triggers = [found.tensors for found in report.evidence if "pattern" in found.tensors]
+    rows = {"clean": images}
+    if triggers:
+        mask, pattern = (triggers[0][name].to(images) for name in ("mask", "pattern"))
+        rows["inverted trigger"] = images * (1 - mask) + pattern * mask
+    figure = need("matplotlib.figure", "report").Figure(figsize=(1.5 * max(len(images), 6), 2.6 + 2.9 * len(rows)), layout="constrained")
+    agg.FigureCanvasAgg(figure)
+    top, below = figure.subfigures(2, 1, height_ratios=(2.6, 2.9 * len(rows)))
+    panels = top.subplots(1, len(charted) + 2 * bool(triggers) or 1, squeeze=False)[0]
+    for axes, found in zip(panels, charted, strict=False):
+        values = np.nan_to_num(np.asarray(found.per_class, dtype=np.float64))
+        colours = [TRIGGERED if k == found.target else CLEAN for k in range(len(values))]
+        axes.bar(range(len(values)), values, color=colours)
+        axes.set_title(f"{found.method}: {found.verdict}", loc="left", fontsize=10)
+        axes.set_xlabel("class")
+        axes.spines[["top", "right"]].set_visible(False)
+    if triggers:
+        low, high = pattern.amin(), pattern.amax()
+        shown = ((pattern - low) / (high - low).clamp(min=1e-12)).cpu()
+        panels[-2].imshow(mask[0].cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        panels[-2].set_title("inverted mask", loc="left", fontsize=10)
+        panels[-1].imshow(shown.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        panels[-1].set_title("its pattern", loc="left", fontsize=10)
+        for axes in panels[-2:]:
+            axes.set_axis_off()
+    draw_heat(below, {name: (shown, heat_maps(model, shown)) for name, shown in rows.items()})
+    where = "" if report.target is None else f" towards class {report.target}"
+    figure.suptitle(f"{report.verdict}{where}, confidence {report.confidence:.2f}", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.savefig(path, dpi=150)
 
 
 def _histogram(axes: Any, run: tuple[Scores, Scores], names: tuple[str, str], threshold: float | None, fpr: float | None) -> None:

@@ -9,16 +9,18 @@ from .compare import compare
 from .demo import demo
 from .evaluate import evaluate
 from .fit import fit
+from .inspect import inspect
+from .remove import remove
 from .screen import screen
 
 app = typer.Typer(
     name="beniful-fast",
-    help="Find backdoors in PyTorch image classifiers. Every command takes --help; --debug shows the traceback of an error.",
+    help="Find and remove backdoors in PyTorch image classifiers. Every command takes --help; --debug shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
-for command in (demo, fit, screen, evaluate, backends, compare):
+for command in (demo, fit, screen, inspect, remove, evaluate, backends, compare):
     app.command()(command)

@@ -105,18 +105,33 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def output(path: Path, suffix: str) -> Path:
+def labelled(source: str, split: str | None, preprocess: dict[str, Any], limit: int | None, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clean images (N, C, H, W) and classes (N,), `limit` of them drawn by the seed.
+
+    Raises:
+        ValueError: images without labels.
+    """
+    dataset = data.load(source, split, **preprocess)
+    rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit].sort().values.tolist()
+    items = [dataset[row] for row in rows]
+    labels = torch.tensor([int(item[1]) for item in items])
+    if bool((labels < 0).any()):
+        raise ValueError(f"--data: {source}: {int((labels < 0).sum())} of {len(labels)} images have no label, takes labelled images")
+    return torch.stack([item[0] for item in items]), labels
+
+
+def output(path: Path, suffix: str, option: str = "--out") -> Path:
     """A file that can be written, with the folders above it; checked before the work begins."""
     if path.is_dir():
-        raise ValueError(f"--out: {path} is a folder, takes a {suffix} file")
+        raise ValueError(f"{option}: {path} is a folder, takes a {suffix} file")
     if path.suffix != suffix:
-        raise ValueError(f"--out: got {path}, takes a {suffix} file")
+        raise ValueError(f"{option}: got {path}, takes a {suffix} file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out: {path} can't be written: its folder can't be made ({error})") from None
+        raise ValueError(f"{option}: {path} can't be written: its folder can't be made ({error})") from None
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--out: {path} can't be written")
+        raise ValueError(f"{option}: {path} can't be written")
     return path
 
 

@@ -97,6 +97,13 @@ def heat_picture(rows: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
     # No pyplot: it would keep global state and could open a window.
     figure = need("matplotlib.figure", "report").Figure(figsize=(1.15 * columns + 1.1, 2.3 * len(rows) + 0.1), layout="constrained")
     need("matplotlib.backends.backend_agg", "report").FigureCanvasAgg(figure)
+    draw_heat(figure, rows)
+    return figure
+
+
+def draw_heat(figure: Any, rows: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Draws the rows of `heat_picture` into a matplotlib figure or subfigure."""
+    columns = max(len(images) for images, _ in rows.values())
     grid = figure.subplots(2 * len(rows), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_xticks([])
@@ -112,7 +119,6 @@ def heat_picture(rows: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
             above.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             below.imshow(image.mean(0).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             below.imshow(heat.numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, interpolation="nearest")
-    return figure
 
 
 def _goals(net: Frozen, images: Tensor, targets: Tensor | int | None) -> Tensor:
