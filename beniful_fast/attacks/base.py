@@ -25,7 +25,6 @@ class Attack:
     """
 
     cover_ratio: float = 0.0  # cover samples for each poisoned one
-    online: bool = False  # whether the attacker controls training, so that `train_step` plants it afresh in every batch
     _cycle: int | None = None  # classes, if each is to become the next (`AllToAll`)
     needs_model: bool = False  # whether the trigger exists only after `train_step` has learnt it
 

@@ -24,8 +24,6 @@ class Bpp(Attack):
         cover: cover samples for each poisoned one.
     """
 
-    online = True
-
     def __init__(self, target: int = 0, seed: int = 0, levels: int = 8, *, dither: bool = True, cover: float = 1.0) -> None:
         super().__init__(target, seed)
         self.levels, self.dither = whole(levels, "levels", "at least 2 levels", 2), bool(dither)

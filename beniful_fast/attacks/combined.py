@@ -29,7 +29,7 @@ class AllToAll(Attack):
         # A copy, which relabels in its own `train_step`; the caller's attack stays as it is.
         self.attack = copy.copy(attack)
         self.attack._cycle = self._cycle = self.n_classes
-        self.cover_ratio, self.online, self.needs_model = attack.cover_ratio, attack.online, attack.needs_model
+        self.cover_ratio, self.needs_model = attack.cover_ratio, attack.needs_model
 
     def settings(self) -> dict[str, Any]:
         return {"attack": self.attack, "n_classes": self.n_classes}

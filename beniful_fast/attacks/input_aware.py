@@ -53,7 +53,7 @@ class InputAware(Attack):
         learning_rate: of both generators (Adam).
     """
 
-    online = needs_model = True
+    needs_model = True
 
     def __init__(
         self,

@@ -15,7 +15,8 @@ from .base import Attack, check_images, is_real, sample_generators, whole
 class WaNet(Attack):
     """Samples the image along a smooth random field, with noise mode: cover samples are warped by noisy fields and keep their label.
 
-    The paper's attacker controls training (`train_step`), where an image is mostly seen as it is; `poison` warps some for good.
+    The paper's attacker controls training, so that covers are warped anew in each batch: that is `train_step`. `poison` warps them once,
+    and in a short training plants the backdoor far better (docs/decisions.md).
 
     Args:
         target, seed: see `Attack`.
@@ -24,8 +25,6 @@ class WaNet(Attack):
         noise: cover samples for each poisoned one; 0 switches noise mode off.
         grid: (1, H, W, 2) sampling grid in [-1, 1] instead of the drawn one (`grid_sample` with align_corners=True).
     """
-
-    online = True
 
     def __init__(
         self, target: int = 0, seed: int = 0, k: int = 4, s: float = 0.5, noise: float = 2.0, *, grid: Tensor | None = None

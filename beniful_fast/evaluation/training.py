@@ -71,8 +71,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains `net` in place, under `attack` if there is one, and leaves it in eval mode on its device.
 
-    Attacks that poison data are planted once, before augmentation; those whose attacker controls training (`Attack.online`) in every batch
-    by `Attack.train_step`, after it.
+    Attacks that poison data are planted once, before augmentation; those that learn their trigger with the model
+    (`Attack.needs_model`) in every batch by `Attack.train_step`, after it.
     Weights, order, augmentation and trigger follow from `seed`; torch's random state is put back afterwards.
 
     Args:
@@ -86,16 +86,16 @@ def train(
     """
     recipe = recipe or Recipe()
     device = torch.device(device) if device is not None else next(net.parameters()).device
-    online = isinstance(attack, Attack) and attack.online
+    learnt = isinstance(attack, Attack) and attack.needs_model
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        if attack is not None and not online:
+        if attack is not None and not learnt:
             images, labels = attack.poison(TensorDataset(images, labels), rate).tensors()
         images, labels = images.to(device), labels.to(device)
-        if online:
+        if learnt:
             assert isinstance(attack, Attack)
             attack.prepare(images, labels)
-        return _run(net.to(device), images, labels, attack if online else None, rate, recipe, device, progress)  # type: ignore[arg-type]
+        return _run(net.to(device), images, labels, attack if learnt else None, rate, recipe, device, progress)  # type: ignore[arg-type]
 
 
 def _run(

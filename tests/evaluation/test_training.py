@@ -101,18 +101,18 @@ def test_an_attack_is_planted_before_training(digits: Splits, monkeypatch) -> No
     net = network("resnet20", 10, channels=1, image=8)
     attack = BadNets(target=3, seed=1, size=2)
     train(net, images, labels, attack=attack, rate=0.1)
-    x, y, online = seen.pop()
+    x, y, stepped = seen.pop()
     wanted = attack.poison(TensorDataset(images, labels), 0.1).tensors()
     assert torch.equal(x, wanted[0])
     assert torch.equal(y, wanted[1])
-    assert online is None
+    assert stepped is None
     learnt = InputAware(channels=1, width=4, mask_steps=1)
     train(net, images, labels, attack=learnt, rate=0.1)
-    x, y, online = seen.pop()
-    assert online is learnt
+    x, y, stepped = seen.pop()
+    assert stepped is learnt
     assert torch.equal(x, images)
     train(net, images, labels, attack=Several([attack, BadNets(target=4, seed=2, size=1, position="top-left")]), rate=0.1)
-    x, y, online = seen.pop()
+    x, y, stepped = seen.pop()
     assert int((y != labels).sum()) == 2 * round(0.1 * len(y))
 
 
