@@ -35,6 +35,7 @@ FPR = 0.05
 CONTAMINATION = 0.01  # triggered images inside the "clean" set, in one of the experiments
 # What removal may use beside clean data: a stream that the Screener filters.
 STREAM, STREAM_LEAST, STREAM_TRIGGERED = 500, 50, 0.1
+TRACED = 1000  # test images that judge each epoch of a removal
 # A score of STRIP costs a forward pass an overlay: with the 100 of its authors it would take most of the whole evaluation.
 DETECTOR_OPTIONS: dict[str, dict[str, Any]] = {"strip": {"overlays": 10}}
 REMOVALS = {f"remove:{method}": method for method in METHODS} | {"remove:beniful+screened": "beniful"}
@@ -220,7 +221,9 @@ class Evaluation:
     # Removal.
 
     def _remove(self, spec: NetSpec, name: str) -> Cell:
-        key = self._key(spec, defence=name, options=self.removal_options, clean_images=self.clean_images)
+        # With the method's defaults, so that a cell is computed anew when they change.
+        options = asdict(METHODS[REMOVALS[name]][0](**self.removal_options))
+        key = self._key(spec, defence=name, options=options, clean_images=self.clean_images)
         return Cell("remove", key, lambda: self.remove(spec, name, **self.removal_options))
 
     def remove(self, spec: NetSpec, name: str, **options: Any) -> dict[str, Any]:
@@ -231,8 +234,8 @@ class Evaluation:
         suspicious = self.filtered_stream(net, attack) if name.endswith("+screened") else None
         images, labels = self.splits().test.tensors
 
-        def judge(model: torch.nn.Module) -> dict[str, float]:
-            judged = backdoor_metrics(model, images, labels, attack)
+        def judge(model: torch.nn.Module, limit: int | None = None) -> dict[str, float]:
+            judged = backdoor_metrics(model, images[:limit], labels[:limit], attack)
             return {"ACC": judged.acc, "ASR": judged.asr, "RA": judged.ra}
 
         clean = TensorDataset(*self._defender())
@@ -242,7 +245,7 @@ class Evaluation:
             method=REMOVALS[name],
             suspicious=suspicious,
             evaluate=judge,
-            curve=True,
+            curve=functools.partial(judge, limit=TRACED),
             device=self.device,
             seed=spec.seed,
             **options,

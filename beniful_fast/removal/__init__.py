@@ -42,7 +42,7 @@ def remove(
     suspicious: Any = None,
     layer: str | Sequence[str] | None = None,
     evaluate: Evaluate | None = None,
-    curve: bool = False,
+    curve: Evaluate | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: Callable[[dict[str, Any]], Any] | None = None,
@@ -63,7 +63,7 @@ def remove(
         layer: where "beniful" and "nad" take features, and what "fine_pruning" and "linf" prune: a module's name or several, as in
             `FeatureTap`; None finds the last stages.
         evaluate: called with the model before and after (each time a copy in eval mode); gives figures such as {"ACC": .., "ASR": ..}.
-        curve: calls `evaluate` after every epoch too; its figures then stand in the history.
+        curve: called like `evaluate`, but after every epoch; its figures stand in the history. Fewer images keep it quick.
         device: to work on; None is the model's own.
         seed: of the held-out split, order, augmentation and dropout; the same seed gives the same weights on the same machine.
         progress: called after each epoch with its row of the history.
@@ -87,8 +87,6 @@ def remove(
         raise ValueError(f"model: {type(plain).__name__} has no parameters, so nothing can be repaired")
     home = weights[0].device
     place = home if device is None else torch.device(device)
-    if curve and evaluate is None:
-        raise ValueError("curve: got True without `evaluate`, which gives the figures of each epoch")
     images, labels = read_labelled(clean)
     flagged = None if suspicious is None else read_images(suspicious, "suspicious")
     if flagged is not None and flagged.shape[1:] != images.shape[1:]:
@@ -102,8 +100,8 @@ def remove(
         frozen.eval().requires_grad_(False)
         dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
         job = Job(student, frozen, split(images, labels, recipe.held_out, seed), place, dtype, seed, flagged, names, progress)
-        if curve:
-            job.judge = partial(_figures, evaluate)
+        if curve is not None:
+            job.judge = partial(_figures, curve)
         if plain is not model:
             job.notes.append(f"the result is the plain module inside {type(model).__name__}")
         _check_classes(job, labels)

@@ -23,8 +23,8 @@ class RemovalResult:
     Attributes:
         model: the repaired copy, in the caller's train or eval modes, dtype and memory; the caller's own model is as it was.
         history: one dict an epoch: "epoch" (from 1), "phase", "loss" (mean), "accuracy" (on held-out clean images, in [0, 1]), "seconds";
-            or a point of a pruning curve, with "pruned" in place of "epoch". Also what else the method measures, and with `curve` what
-            `evaluate` returned.
+            or a point of a pruning curve, with "pruned" in place of "epoch". Also what else the method measures, and what `curve`
+            returned.
         before, after: what `evaluate` returned, {} without it.
         did_nothing: nothing changed that matters. With `evaluate`: no figure moved by 2 points or more (shares are taken as points of
             100 where all figures lie in [-1, 1]). Without, or beside it: every parameter is bit-identical (BatchNorm's running

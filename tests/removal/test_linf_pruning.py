@@ -188,7 +188,7 @@ def test_the_curve_holds_what_the_pruned_network_does(make: type[nn.Module]) -> 
         seen.append(float((model(x).argmax(1) == y).float().mean()))
         return {"ACC": seen[-1]}
 
-    result = linf(net, (x, y), evaluate=judge, curve=True, progress=told.append, **NO_LIMIT)
+    result = linf(net, (x, y), evaluate=judge, curve=judge, progress=told.append, **NO_LIMIT)
     assert told == result.history and [row["pruned"] for row in told] == sorted({row["pruned"] for row in told})
     assert told[0]["pruned"] == 0 and all(row["phase"] == "prune" and row["seconds"] >= 0 for row in told)
     # All clean images judge, so the accuracy is that of the copy that `evaluate` gets; before and after the curve it is called as well.
@@ -232,7 +232,7 @@ def test_random_order_is_the_control_and_the_seed_draws_it() -> None:
 
 def test_the_backdoor_weakens_and_random_channels_do_not_do_it() -> None:
     net, clean, _, _ = bed()
-    options = {"evaluate": figures, "curve": True, "trigger": PIXEL}
+    options = {"evaluate": figures, "curve": figures, "trigger": PIXEL}
     by_score, control = (linf(net, clean, order=order, **options) for order in ("score", "random"))
     assert by_score.before["ASR"] > 0.9 and by_score.after["ASR"] < 0.6 * by_score.before["ASR"]
     assert by_score.after["ACC"] > by_score.before["ACC"] - 0.03 and not by_score.did_nothing

@@ -134,7 +134,7 @@ def test_a_curve_has_the_callers_figures_for_every_epoch_and_changes_nothing() -
         return {"norm": float(sum(p.detach().norm() for p in model.parameters()))}
 
     drops = nn.Sequential(seeded(SmallNet), nn.Dropout(0.5))
-    bent = remove(drops, labelled(), method="finetune", epochs=3, evaluate=judge, curve=True, tolerance=1.0)
+    bent = remove(drops, labelled(), method="finetune", epochs=3, evaluate=judge, curve=judge, tolerance=1.0)
     plain = remove(drops, labelled(), method="finetune", epochs=3, evaluate=judge, tolerance=1.0)
     assert equal(state(bent.model), state(plain.model)) and "norm" not in plain.history[0]
     norms = [row["norm"] for row in bent.history]
@@ -222,7 +222,6 @@ def test_a_wrapper_is_taken_off_and_said_so() -> None:
         (None, {"layer": "conv"}, "near matches: 'conv2', 'conv1'"),
         (None, {"layer": "conv", "method": "nad"}, "near matches: 'conv2', 'conv1'"),
         (None, {"lr": -1.0}, "lr: got -1.0"),
-        (None, {"curve": True}, "curve: got True without"),
         (None, {"epochs": 0}, "epochs: got 0"),
         (None, {"precision": "fp8"}, "precision: got 'fp8'"),
         (None, {"direction": "sideways"}, "direction: got 'sideways'"),

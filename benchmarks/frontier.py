@@ -1,0 +1,136 @@
+"""Removal methods on the whole ACC-ASR frontier: every learning rate alike, and clean sets of several sizes. Resumes; one JSON a cell.
+
+    python -m benchmarks.frontier                              # learning rates, the zoo's CIFAR-10 networks
+    python -m benchmarks.frontier --sizes                      # clean-data sizes 1, 2, 5 and 10 % of the training set, default rates
+    python -m benchmarks.frontier --attacks wanet --methods beniful,nad
+    python -m benchmarks.frontier --table                      # of what is finished; a picture beside it
+
+No rate is chosen by looking at a trigger: each method's own default is marked, and the frontier shows what another would have given.
+Needs BENIFUL_DATA with cifar10. Removals train in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from beniful_fast.data.base import need
+from beniful_fast.evaluation.protocol import Evaluation
+from beniful_fast.evaluation.splits import load_splits
+from beniful_fast.removal import METHODS
+
+FOLDER = Path(__file__).resolve().parent / "results" / "frontier"
+ATTACKS = ("badnets", "blend", "wanet", "iad", "bpp", "sig", "adap_blend", "lf")
+SWEPT = ("beniful", "ban", "finetune", "nad")  # pruning alone has no learning rate
+RATES = (0.02, 0.05, 0.1, 0.2)
+SIZES = (500, 1000, 2500, 5000)
+CLEAN = 2500
+COLOURS = ("#d1495b", "#3b6ea8", "#c28f2c", "#4f8a5b", "#7a5195", "#8a8a8a")
+
+
+def runs(attacks: Iterable[str], methods: Iterable[str], sizes: bool) -> list[tuple[str, str, float, int]]:
+    """(method, attack, learning rate, clean images), what matters most first: the defaults, then the other rates or sizes."""
+    own = {name: METHODS[name][0]().lr for name in methods}
+    todo = [(m, a, own[m], CLEAN) for m in own for a in attacks]
+    if sizes:
+        return todo + [(m, a, own[m], n) for n in SIZES if n != CLEAN for m in own for a in attacks]
+    return todo + [(m, a, lr, CLEAN) for lr in RATES for m in own if m in SWEPT and lr != own[m] for a in attacks]
+
+
+def finished(folder: Path) -> list[dict[str, Any]]:
+    """One row a finished cell: method, attack, lr, clean images, and ACC, ASR, RA before and after."""
+    rows = []
+    for file in sorted((folder / "cells" / "remove").glob("*.json")):
+        cell = json.loads(file.read_text())
+        key, result = cell["key"], cell["result"]
+        method = key["defence"].removeprefix("remove:")
+        rows.append({"method": method, "attack": key["attack"], "lr": key["options"]["lr"], "clean": key["clean_images"], **result})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each method, rate and size with the means over attacks, and the attacks' own ASR."""
+    attacks = [a for a in ATTACKS if any(row["attack"] == a for row in rows)]
+    lines = [
+        "| method | lr | clean images | ACC loss, points | ASR % mean | worst | RA % | " + " | ".join(attacks) + " |",
+        "|:--|--:|--:|--:|--:|--:|--:|" + "--:|" * len(attacks),
+    ]
+    for method, lr, clean in sorted({(row["method"], row["lr"], row["clean"]) for row in rows}, key=lambda k: (k[2], k[0], k[1])):
+        found = {row["attack"]: row for row in rows if (row["method"], row["lr"], row["clean"]) == (method, lr, clean)}
+        loss = statistics.fmean(row["before"]["ACC"] - row["after"]["ACC"] for row in found.values())
+        asr = [row["after"]["ASR"] for row in found.values()]
+        ra = statistics.fmean(row["after"]["RA"] for row in found.values())
+        own = " (own)" if lr == METHODS[method.split("+")[0]][0]().lr else ""
+        each = [f"{100 * found[a]['after']['ASR']:.1f}" if a in found else "" for a in attacks]
+        share = "" if len(found) == len(attacks) else f" ({len(found)} of {len(attacks)})"
+        head = f"{method}{share} | {lr:g}{own} | {clean} | {100 * loss:.1f} | {100 * statistics.fmean(asr):.1f} | {100 * max(asr):.1f}"
+        lines.append(f"| {head} | {100 * ra:.1f} | " + " | ".join(each) + " |")
+    return "\n".join(lines)
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Mean accuracy lost against mean ASR left, a curve over learning rates for each method; and over clean-data sizes."""
+    figure = need("matplotlib.figure", "report").Figure(figsize=(11, 4.4), layout="constrained")
+    need("matplotlib.backends.backend_agg", "report").FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for colour, method in zip(COLOURS, dict.fromkeys(row["method"] for row in rows), strict=False):
+        mine = [row for row in rows if row["method"] == method]
+        own = METHODS[method.split("+")[0]][0]().lr
+        points = []
+        for lr in sorted({row["lr"] for row in mine if row["clean"] == CLEAN}):
+            some = [row for row in mine if row["lr"] == lr and row["clean"] == CLEAN]
+            points.append((lr, *(100 * statistics.fmean(v) for v in zip(*((_loss(r), r["after"]["ASR"]) for r in some), strict=True))))
+        left.plot([p[1] for p in points], [p[2] for p in points], color=colour, marker="o", markersize=4, label=method)
+        left.plot([p[1] for p in points if p[0] == own], [p[2] for p in points if p[0] == own], color=colour, marker="o", markersize=9)
+        sizes = sorted({row["clean"] for row in mine if row["lr"] == own})
+        means = [100 * statistics.fmean(r["after"]["ASR"] for r in mine if r["clean"] == n and r["lr"] == own) for n in sizes]
+        right.plot(sizes, means, color=colour, marker="o", markersize=4, label=method)
+    left.set(xlabel="accuracy lost, points", ylabel="ASR left, %", title="learning rates (large dot: the method's own)", ylim=(0, 100))
+    right.set(xlabel="clean images", ylabel="ASR left, %", title="clean-data sizes", ylim=(0, 100), xscale="log")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _loss(row: dict[str, Any]) -> float:
+    return float(row["before"]["ACC"] - row["after"]["ACC"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attacks", default=",".join(ATTACKS), help="by commas")
+    parser.add_argument("--methods", default=",".join(METHODS), help="by commas")
+    parser.add_argument("--seed", type=int, default=0, help="of the networks")
+    parser.add_argument("--sizes", action="store_true", help="vary the clean set instead of the learning rate")
+    parser.add_argument("--table", action="store_true", help="print what is finished and draw it")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    if not options.table:
+        splits, todo = load_splits("cifar10"), runs(options.attacks.split(","), options.methods.split(","), options.sizes)
+        for i, (method, attack, lr, clean) in enumerate(todo, 1):
+            one = Evaluation(
+                "cifar10",
+                [attack],
+                [f"remove:{method}"],
+                seeds=[options.seed],
+                clean_images=clean,
+                removal_options={"lr": lr, "precision": "bf16"},
+                folder=str(options.folder),
+                splits=splits,
+            )
+            *_, done = one.run()
+            after = done["result"]["after"]
+            print(f"{i}/{len(todo)} {method} {attack} lr {lr:g}, {clean}: ACC {after['ACC']:.4f} ASR {after['ASR']:.4f}", flush=True)
+    rows = finished(options.folder)
+    if rows:
+        print(table(rows))
+        picture(rows, options.folder / "frontier.png")
+
+
+if __name__ == "__main__":
+    main()
