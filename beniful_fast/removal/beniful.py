@@ -71,7 +71,7 @@ class Options(Recipe):
     temperature: float = 4.0
     forget: float = 0.5
     adversarial: float = 1.0
-    eps: float = 0.06
+    eps: float = 0.1
     adversarial_steps: int = 3
     suspicious_weight: float = 1.0
     suspicious_epochs: int = 5
