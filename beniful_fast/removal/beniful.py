@@ -65,7 +65,7 @@ class Options(Recipe):
     margin: float = 1.0
     targets: str = "frozen"
     restart: float | None = None
-    keep: float = 0.3
+    keep: float = 0.1
     rest_lr: float = 0.5
     distill: float = 1.0
     temperature: float = 4.0
