@@ -17,13 +17,7 @@ from beniful_fast.neuron_noise import NeuronNoise, norm_parameters
 from ..models import Plain, SmallNet, Tokens, images, seeded
 from . import bed
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class EveryNorm(nn.Module):

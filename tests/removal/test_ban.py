@@ -7,21 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from beniful_fast.removal import METHODS, ban, remove
+from beniful_fast.removal import ban, remove
 from beniful_fast.removal import training as recipe
 from beniful_fast.removal.data import split
 
 from ..models import Plain, SmallNet, Tokens, images, seeded
 from .bed import bed, figures
 
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_the_method(monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.setitem(METHODS, "ban", (ban.Options, ban.run))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def labelled(n: int = 60) -> tuple[Tensor, Tensor]:

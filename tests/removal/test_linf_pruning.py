@@ -26,12 +26,7 @@ NO_LIMIT = {"asr_goal": None, "prune_tolerance": 1.0, "max_share": 1.0}
 PIXEL = BadNets(0, 0, size=1, position="bottom-left")  # the trigger of `bed`
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Patch:

@@ -14,13 +14,7 @@ from beniful_fast.removal import METHODS, RemovalResult, remove
 from ..models import ConvHead, Plain, Returns, SmallNet, Tokens, images, seeded
 from .bed import bed, figures
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def labelled(n: int = 60, classes: int = 4, size: int = 12) -> tuple[Tensor, Tensor]:
