@@ -112,6 +112,11 @@ def find_logits(output: Any, n: int) -> Tensor:
     raise fail(f"a {type(output).__name__}")
 
 
+def two_logits(logits: Tensor) -> Tensor:
+    """(N, K) logits with K >= 2: a single logit z of a binary classifier becomes (0, z), which keeps its probabilities."""
+    return logits if logits.shape[1] > 1 else torch.cat([torch.zeros_like(logits), logits], 1)
+
+
 def predicted(logits: Tensor) -> Tensor:
     """(N,) int64 classes of logits (N, K); a single logit means class 1 above 0."""
     return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()

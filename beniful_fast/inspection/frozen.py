@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import find_logits, unwrap
+from ..features import find_logits, two_logits, unwrap
 from ..removal.data import CleanData, split
 from ..removal.training import PRECISIONS
 
@@ -56,7 +56,7 @@ class Frozen:
         return nullcontext() if self.cast is None else torch.autocast(self.device.type, self.cast, cache_enabled=False)
 
     def __call__(self, images: Tensor, rows: int | None = None) -> Tensor:
-        """(N, K) logits, float32 or wider, K >= 2: a single logit z of a binary classifier becomes (0, z).
+        """(N, K) logits, float32 or wider, see `two_logits`.
 
         `rows` is N where a hook changes the number of images on the way.
         """
@@ -64,7 +64,7 @@ class Frozen:
         with self.autocast():
             out = find_logits(self.model(images.contiguous(memory_format=self.format)), rows or len(images))
         out = out if out.dtype == torch.float64 else out.float()
-        return out if out.shape[1] > 1 else torch.cat([torch.zeros_like(out), out], 1)
+        return two_logits(out)
 
 
 def home(model: nn.Module, device: torch.device | str | None) -> torch.device:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import find_logits
+from ..features import find_logits, two_logits
 
 BACKDOORED, CLEAN, INCONCLUSIVE = "backdoored", "clean", "inconclusive"
 
@@ -57,9 +57,8 @@ class Job:
         return x.to(self.device, self.dtype) if x.is_floating_point() else x.to(self.device)
 
     def logits(self, output: Any, n: int) -> Tensor:
-        """(n, classes) logits of what the model returned for n images; a single logit z becomes (0, z), which keeps its probabilities."""
-        found = find_logits(output, n)
-        return torch.cat([torch.zeros_like(found), found], 1) if found.shape[1] == 1 else found
+        """(n, classes) logits of what the model returned for n images, see `two_logits`."""
+        return two_logits(find_logits(output, n))
 
     def report(self, **row: Any) -> None:
         if self.progress is not None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..features import predicted
+from ..features import predicted, two_logits
 from ..ops import feature_distance_loss
 from ..vae import FeatureVAE, fit_vae
 from .adversarial import Perturbation
@@ -239,9 +239,7 @@ def _class_mean(means: Tensor, z: Tensor, y: Tensor) -> Tensor:
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL divergence of the student's softened classes from the teacher's, times T^2 (Hinton et al. 2015)."""
-    if logits.shape[1] == 1:
-        logits, teacher = (torch.cat([v, torch.zeros_like(v)], 1) for v in (logits, teacher))
-    ours, theirs = F.log_softmax(logits / temperature, 1), F.log_softmax(teacher / temperature, 1)
+    ours, theirs = (F.log_softmax(two_logits(v) / temperature, 1) for v in (logits, teacher))
     return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
 
 
