@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,11 @@ class NetSpec:
         """As in the zoo."""
         planted = "clean" if self.attack is None else f"{self.attack}-p{self.rate * 100:g}"
         return f"{self.dataset}-{self.arch}-{planted}-s{self.seed}"
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What differs from each planted attack's own defaults."""
+        return {name: SETTINGS.get(name, {}) for name in ([] if self.attack is None else self.attack.split("+"))}
 
     @property
     def clean(self) -> NetSpec:
@@ -120,9 +125,14 @@ def _attacks(spec: NetSpec, splits: Splits) -> list[Attack]:
     names = [] if spec.attack is None else spec.attack.split("+")
     made = []
     for i, name in enumerate(names):
-        options = {"channels": splits.channels} if name == "iad" else SETTINGS.get(name, {})
+        options = {"channels": splits.channels} if name == "iad" else spec.settings[name]
         made.append(ATTACKS[name](target=(spec.seed + i) % splits.n_classes, seed=spec.seed + i, **options))
     return made
+
+
+def _fits(card: Mapping[str, Any], spec: NetSpec, recipe: Recipe) -> bool:
+    wanted = zip(card["triggers"], spec.settings.values(), strict=True)
+    return card["recipe"] == recipe.as_dict() and all(trigger.items() >= settings.items() for trigger, settings in wanted)
 
 
 def obtain(
@@ -134,7 +144,7 @@ def obtain(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int, float], None] | None = None,
 ) -> zoo.ZooNet:
-    """The network from `folder` or the zoo if one was trained by this recipe, else trained now and written into `folder`.
+    """The network from `folder` or the zoo if one was trained by this recipe under this attack, else trained now into `folder`.
 
     Args:
         splits: called only if there is something to train.
@@ -144,7 +154,7 @@ def obtain(
     with contextlib.suppress(FileNotFoundError):  # an installed package has no zoo of its own
         places.append(zoo.folder())
     for place in places:
-        if place.is_dir() and any(card["recipe"] == recipe.as_dict() for card in zoo.cards(place, name=spec.name)):
+        if place.is_dir() and any(_fits(card, spec, recipe) for card in zoo.cards(place, name=spec.name)):
             return zoo.load(spec.name, place)
     build(spec, splits(), folder, recipe=recipe, device=device, progress=progress)
     return zoo.load(spec.name, folder)

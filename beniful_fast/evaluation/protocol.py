@@ -123,7 +123,7 @@ class Evaluation:
             yield self.cells.run(cell)
 
     def _key(self, spec: NetSpec, **more: Any) -> dict[str, Any]:
-        return {"net": spec.name, **asdict(spec), "recipe": self.recipe.as_dict(), **more}
+        return {"net": spec.name, **asdict(spec), "settings": spec.settings, "recipe": self.recipe.as_dict(), **more}
 
     def _obtain(self, spec: NetSpec) -> zoo.ZooNet:
         net = obtain(spec, self.splits, self.nets_folder, recipe=self.recipe, device=self.device)

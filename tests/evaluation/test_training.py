@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from beniful_fast.attacks import BadNets, InputAware, Several
 from beniful_fast.augment import crop_and_flip
-from beniful_fast.evaluation import zoo
+from beniful_fast.evaluation import nets, zoo
 from beniful_fast.evaluation.corruptions import CORRUPTIONS
 from beniful_fast.evaluation.nets import NetSpec, build, obtain
 from beniful_fast.evaluation.networks import NETWORKS, network
@@ -196,3 +196,22 @@ def test_zoo_errors(tmp_path, monkeypatch) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             NetSpec(**{"dataset": "digits", "arch": "resnet20", **options})
+
+
+def test_a_network_of_another_recipe_or_attack_is_not_taken(digits: Splits, tmp_path, monkeypatch) -> None:
+    built = []
+    monkeypatch.setattr(nets, "build", lambda spec, *rest, **more: built.append(spec.name))
+    monkeypatch.setattr(nets.zoo, "load", lambda name, path: name)
+    spec, recipe = NetSpec("digits", "resnet20", "wanet"), Recipe(epochs=1)
+    card = {"name": spec.name, "recipe": recipe.as_dict(), "triggers": [{"target": 0, "s": 0.5, **nets.SETTINGS["wanet"]}]}
+
+    def obtained(card: dict[str, object]) -> bool:
+        """Whether the network of this card was taken without training."""
+        (tmp_path / f"{spec.name}.json").write_text(json.dumps(card))
+        built.clear()
+        assert obtain(spec, lambda: digits, tmp_path, recipe=recipe) == spec.name
+        return not built
+
+    assert obtained(card)
+    assert not obtained({**card, "recipe": Recipe(epochs=2).as_dict()})
+    assert not obtained({**card, "triggers": [{"target": 0, "s": 0.5, "noise": 2.0}]})
