@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .features import FeatureTap
-from .inspection import InspectionReport, inspect
+from .inspection import InspectionReport, TriggerDistribution, inspect
 from .ops import (
     ChannelStats,
     SampleMean,
@@ -38,6 +38,7 @@ __all__ = [
     "SampleMean",
     "Screener",
     "ScreeningResult",
+    "TriggerDistribution",
     "backends",
     "channel_stats",
     "feature_distance_loss",
@@ -48,7 +49,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_LAZY = ("attacks", "data", "evaluation")
+_LAZY = ("attacks", "data", "evaluation", "privacy")
 
 
 def _load_kernels_in_place() -> None:

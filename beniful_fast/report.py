@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data.base import need
@@ -103,15 +105,19 @@ def inspection_report(report: InspectionReport, path: str | os.PathLike[str], mo
     """
     agg = need("matplotlib.backends.backend_agg", "report")
     charted = [found for found in report.evidence if found.per_class]
-    triggers = [found.tensors for found in report.evidence if "pattern" in found.tensors]
+    tensors = {name: value for found in report.evidence for name, value in found.tensors.items()}
     rows = {"clean": images}
-    if triggers:
-        mask, pattern = (triggers[0][name].to(images) for name in ("mask", "pattern"))
+    pictures: dict[str, Tensor] = {}
+    if "pattern" in tensors:
+        mask, pattern = (tensors[name].to(images) for name in ("mask", "pattern"))
         rows["inverted trigger"] = images * (1 - mask) + pattern * mask
+        pictures |= {"inverted mask": mask, "its pattern": _stretched(pattern)}
+    if "samples" in tensors:
+        pictures["sampled patches"] = _tiled(_stretched(tensors["samples"]))
     figure = need("matplotlib.figure", "report").Figure(figsize=(1.5 * max(len(images), 6), 2.6 + 2.9 * len(rows)), layout="constrained")
     agg.FigureCanvasAgg(figure)
     top, below = figure.subfigures(2, 1, height_ratios=(2.6, 2.9 * len(rows)))
-    panels = top.subplots(1, len(charted) + 2 * bool(triggers) or 1, squeeze=False)[0]
+    panels = top.subplots(1, len(charted) + len(pictures) or 1, squeeze=False)[0]
     for axes, found in zip(panels, charted, strict=False):
         values = np.nan_to_num(np.asarray(found.per_class, dtype=np.float64))
         colours = [TRIGGERED if k == found.target else CLEAN for k in range(len(values))]
@@ -119,19 +125,27 @@ def inspection_report(report: InspectionReport, path: str | os.PathLike[str], mo
         axes.set_title(f"{found.method}: {found.verdict}", loc="left", fontsize=10)
         axes.set_xlabel("class")
         axes.spines[["top", "right"]].set_visible(False)
-    if triggers:
-        low, high = pattern.amin(), pattern.amax()
-        shown = ((pattern - low) / (high - low).clamp(min=1e-12)).cpu()
-        panels[-2].imshow(mask[0].cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        panels[-2].set_title("inverted mask", loc="left", fontsize=10)
-        panels[-1].imshow(shown.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
-        panels[-1].set_title("its pattern", loc="left", fontsize=10)
-        for axes in panels[-2:]:
-            axes.set_axis_off()
+    for axes, (title, shown) in zip(panels[len(charted) :], pictures.items(), strict=False):
+        axes.imshow(shown.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy(), vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_axis_off()
     draw_heat(below, {name: (shown, heat_maps(model, shown)) for name, shown in rows.items()})
     where = "" if report.target is None else f" towards class {report.target}"
     figure.suptitle(f"{report.verdict}{where}, confidence {report.confidence:.2f}", x=0.01, ha="left", fontsize=13, fontweight="bold")
     figure.savefig(path, dpi=150)
+
+
+def _stretched(pixels: Tensor) -> Tensor:
+    """To [0, 1], for pixels of any scale."""
+    low, high = pixels.amin(), pixels.amax()
+    return (pixels - low) / (high - low).clamp(min=1e-12)
+
+
+def _tiled(patches: Tensor) -> Tensor:
+    """Patches (N, C, h, w) of a square number N side by side, (C, H, W), with white lines between them."""
+    side = math.isqrt(len(patches))
+    framed = F.pad(patches[: side * side], (0, 1, 0, 1), value=1.0)
+    return framed.unflatten(0, (side, side)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 
 
 def _histogram(axes: Any, run: tuple[Scores, Scores], names: tuple[str, str], threshold: float | None, fpr: float | None) -> None:

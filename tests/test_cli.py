@@ -53,7 +53,7 @@ def test_without_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert 'typer is not installed: pip install "beniful_fast[cli]"' in fails(capsys, "demo")
 
 
-@pytest.mark.parametrize("command", ["demo", "fit", "screen", "inspect", "remove", "evaluate", "backends", "compare"])
+@pytest.mark.parametrize("command", ["demo", "fit", "screen", "inspect", "remove", "synthesize", "evaluate", "backends", "compare"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert re.search(rf"Example: +beniful-fast {command}", capsys.readouterr().out)

@@ -12,6 +12,7 @@ from .fit import fit
 from .inspect import inspect
 from .remove import remove
 from .screen import screen
+from .synthesize import synthesize
 
 app = typer.Typer(
     name="beniful-fast",
@@ -22,5 +23,5 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (demo, fit, screen, inspect, remove, evaluate, backends, compare):
+for command in (demo, fit, screen, inspect, remove, synthesize, evaluate, backends, compare):
     app.command()(command)

@@ -21,7 +21,7 @@ def remove(
     mean: o.MeanOption = None,
     std: o.StdOption = None,
     channels: o.ChannelsOption = None,
-    method: Annotated[str, typer.Option("--method", help="beniful, ban, linf, finetune, fine_pruning or nad.")] = "beniful",
+    method: Annotated[str, typer.Option("--method", help="beniful, ban, linf, mesa, finetune, fine_pruning or nad.")] = "beniful",
     suspicious: Annotated[
         str | None, typer.Option("--suspicious", metavar="PATH", help="Images that `screen` flagged; prepared as the clean ones.")
     ] = None,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..features import FeatureTap, predicted, unwrap
-from . import ban, beniful, fine_pruning, finetune, linf_pruning, nad
+from . import ban, beniful, fine_pruning, finetune, linf_pruning, mesa, nad
 from .data import read_images, read_labelled, split
 from .results import WEIGHTS_MOVED, RemovalResult, figures_moved, weight_change
 from .training import Job, Recipe, reproducible
@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[type[Recipe], Callable[[Job, Any], None]]] = {
     "beniful": (beniful.Options, beniful.run),
     "ban": (ban.Options, ban.run),
     "linf": (linf_pruning.Options, linf_pruning.run),
+    "mesa": (mesa.Options, mesa.run),
     "finetune": (finetune.Options, finetune.run),
     "fine_pruning": (fine_pruning.Options, fine_pruning.run),
     "nad": (nad.Options, nad.run),
@@ -56,7 +57,8 @@ def remove(
         clean: labelled clean images: (images, labels), a Dataset or a DataLoader of (image, label, ...) or dicts with "image" and
             "label". They are read into memory; a tenth (`held_out`) judges the epochs.
         method: "beniful" (feature distance loss, arXiv 2410.14723), "ban" (fine-tuning under neuron noise, arXiv 2405.19928), "linf"
-            (pruning by the l-infinity norm under an inverted trigger, arXiv 2002.12162), or a baseline: "finetune", "fine_pruning"
+            (pruning by the l-infinity norm under an inverted trigger, arXiv 2002.12162), "mesa" (retraining with triggers drawn from a
+            learnt distribution, arXiv 1910.04749), or a baseline: "finetune", "fine_pruning"
             (arXiv 1805.12185), "nad" (arXiv 2101.05930).
         suspicious: unlabelled images that a Screener flagged, as a tensor, Dataset or DataLoader; false positives among them do little
             harm. Used by "beniful".

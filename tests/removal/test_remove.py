@@ -33,7 +33,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "mesa"])  # which is told where a trigger lies, see test_mesa
 def test_the_backdoor_weakens_and_accuracy_stays(method: str) -> None:
     net, clean, _, _ = bed()
     kept = state(net)
@@ -180,7 +180,7 @@ def test_networks_without_batch_norm(make: type[nn.Module], method: str) -> None
         with pytest.raises(ValueError, match=refusal):
             remove(net, labelled(), method=method, epochs=1)
     else:
-        assert not remove(net, labelled(), method=method, epochs=2).did_nothing
+        assert not remove(net, labelled(), method=method, epochs=2, lr=0.05).did_nothing
 
 
 def test_autocast_and_callers_without_gradients() -> None:
@@ -211,7 +211,7 @@ def test_a_wrapper_is_taken_off_and_said_so() -> None:
         ((images(60), torch.arange(50)), {}, "60 images and 50 labels"),
         ((images(8), torch.arange(8) % 4), {}, "at least 20"),
         ((images(60) / 0, torch.arange(60) % 4), {}, "NaN or infinite"),
-        (None, {"method": "magic"}, "'beniful', 'ban', 'linf', 'finetune', 'fine_pruning', 'nad'"),
+        (None, {"method": "magic"}, "'beniful', 'ban', 'linf', 'mesa', 'finetune', 'fine_pruning', 'nad'"),
         (None, {"epoch": 3}, "near matches: epochs"),
         (None, {"layer": "conv"}, "near matches: 'conv2', 'conv1'"),
         (None, {"layer": "conv", "method": "nad"}, "near matches: 'conv2', 'conv1'"),
