@@ -31,7 +31,7 @@ def evaluate(
         typer.Option(
             "--defences",
             metavar="A,B",
-            help="Detectors, and remove:METHOD. Default: beniful, mahalanobis, remove:beniful, remove:finetune.",
+            help="Detectors, inspect[:METHOD], remove:METHOD. Default: beniful, mahalanobis, remove:beniful, remove:finetune.",
         ),
     ] = None,
     arch: Annotated[
@@ -103,7 +103,7 @@ def _wanted(attacks: list[str] | None, defences: list[str] | None, arch: str) ->
     from ..attacks import ATTACKS
     from ..evaluation.detectors import DETECTORS
     from ..evaluation.networks import NETWORKS
-    from ..evaluation.protocol import REMOVALS
+    from ..evaluation.protocol import INSPECTIONS, REMOVALS
 
     def names(option: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
         found = list(dict.fromkeys(name.strip() for text in given for name in text.split(",") if name.strip()))
@@ -118,7 +118,7 @@ def _wanted(attacks: list[str] | None, defences: list[str] | None, arch: str) ->
         "arch": arch,
         "attacks": names("--attacks", attacks or ["badnets"], list(ATTACKS)),
         "defences": names(
-            "--defences", defences or ["beniful", "mahalanobis", "remove:beniful", "remove:finetune"], [*DETECTORS, *REMOVALS]
+            "--defences", defences or ["beniful", "mahalanobis", "remove:beniful", "remove:finetune"], [*DETECTORS, *INSPECTIONS, *REMOVALS]
         ),
     }
 
@@ -198,6 +198,9 @@ def _outcome(done: Mapping[str, Any]) -> str:
         before, after = result["before"], result["after"]
         moves = [f"{name} {before[name]:.1%} -> {after[name]:.1%}" for name in ("ACC", "ASR")]
         return ", ".join(moves) + (", did nothing" if result["did_nothing"] else "")
+    if done["kind"] == "inspect":
+        where = "" if result["target"] is None else f" towards class {result['target']}"
+        return f"{result['verdict']}{where}, {'right' if result['right'] else 'WRONG'}"
     return ", ".join(f"{name.upper()} {result[name]:.1%}" for name in ("acc", "asr") if result.get(name) is not None)
 
 
@@ -213,13 +216,13 @@ def _list(evaluation: Any) -> None:
 
 def _write(evaluation: Any, out: Path, command: str) -> list[Path]:
     """All files, of what is finished."""
-    from ..evaluation import leaderboard, page
+    from ..evaluation import exports, page
 
     cells = [done for cell in evaluation.plan() if (done := evaluation.cells.get(cell)) is not None]
     if not cells:
         return []
     pictures = page.pictures_of(evaluation, SHOWN)
-    return [*leaderboard.write(cells, out, command), page.write(cells, out / "report.html", command=command, pictures=pictures)]
+    return [*exports.write(cells, out, command), page.write(cells, out / "report.html", command=command, pictures=pictures)]
 
 
 def _command(context: typer.Context) -> str:

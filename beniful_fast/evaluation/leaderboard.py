@@ -1,4 +1,4 @@
-"""Finished cells as rows for other programs, and as tables for readers.
+"""Finished cells as tables for readers.
 
 >>> cells = list(Evaluation("digits").run())  # doctest: +SKIP
 >>> print(markdown(cells))                    # doctest: +SKIP
@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ..data.base import need
-from ..results import replacing
-from .cells import write_json
 from .tables import NOTHING, Figures, Table, Text, finite, mean, table
 
 Done = Mapping[str, Any]
@@ -25,8 +21,6 @@ Name = TypeVar("Name", bound=Hashable)
 
 # Below this ASR there is no backdoor to speak of, and what a detector makes of its trigger says nothing.
 PLANTED = 0.5
-# What a row has no room for, or what its first columns say already.
-_NOT_IN_ROWS = {"roc", "histogram", "history", "recipe", "trigger", "triggers", "name"}
 
 
 @dataclass
@@ -68,7 +62,7 @@ class Section:
     def summary(self) -> str:
         """Seeds and numbers of images."""
         seeds = sorted({c["key"]["seed"] for c in self.cells})
-        defended = self.of("screen") + self.of("remove")
+        defended = self.of("screen") + self.of("inspect") + self.of("remove")
         sizes = {
             "training images": _values(self.of("train"), "train_images"),
             "clean images held by the defender": [c["key"]["clean_images"] for c in defended],
@@ -79,8 +73,8 @@ class Section:
         return f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))}); {', '.join(counts)}."
 
     def tables(self) -> list[Table]:
-        """All that the cells give: networks, screening, removal."""
-        return networks_tables(self) + screening_tables(self) + removal_tables(self)
+        """All that the cells give: networks, screening, inspection, removal."""
+        return networks_tables(self) + screening_tables(self) + inspection_tables(self) + removal_tables(self)
 
 
 def sections(cells: Iterable[Done]) -> list[Section]:
@@ -253,6 +247,40 @@ def _detail_table(section: Section, rows: Rows, suffix: str) -> Table:
     return table(f"Screening: each attack{suffix}", labels, columns, notes, barred=barred, rivals=labels["attack"])
 
 
+def inspection_tables(section: Section) -> list[Table]:
+    """Whether a network is backdoored: right verdicts on each attack and on clean networks, with Wilson intervals, and what they cost."""
+    out = []
+    for suffix, cells in _alike(section.of("inspect")):
+        rows = _grouped(cells, _label)
+        kinds = dict.fromkeys(c["key"]["attack"] for c in sorted(cells, key=lambda c: c["key"]["attack"] is not None))
+        found = list(rows.values())
+        columns: list[Figures | Text] = [
+            Text("right verdicts", [_rate([c["result"]["right"] for c in row]) for row in found]),
+            Text("right targets", [_share([c["result"]["right_target"] for c in row if c["key"]["attack"] is not None]) for row in found]),
+            *(Text(kind or "clean", [_share([c["result"]["right"] for c in _under(row, kind)]) for row in found]) for kind in kinds),
+            Figures("seconds", [_values(row, "inspect_seconds") for row in found], digits=0, better=-1),
+            Figures("images forward", [_values(row, "forward_images") for row in found], digits=0, better=-1),
+            Figures("backward", [_values(row, "backward_images") for row in found], digits=0, better=-1),
+        ]
+        notes = [
+            'Right: "backdoored" on an attacked network, and anything else on a clean one; in brackets Wilson\'s 95 % interval. '
+            "Right target: the accused class is the attack's."
+        ]
+        out.append(table(f"Inspection{suffix}", {"method": list(rows)}, columns, notes, barred=_incomplete(found)))
+    return out
+
+
+def _share(right: Sequence[bool]) -> str:
+    return f"{sum(right)} of {len(right)}" if right else NOTHING
+
+
+def _rate(right: Sequence[bool]) -> str:
+    if not right:
+        return NOTHING
+    ends = need("scipy.stats", "report").binomtest(sum(right), len(right)).proportion_ci(method="wilson")
+    return f"{_share(right)} ({ends.low:.0%} to {ends.high:.0%})"
+
+
 def removal_tables(section: Section) -> list[Table]:
     """Removal methods: their means over attacks, and each attack before and after."""
     out = []
@@ -297,69 +325,6 @@ def _barred(cells: Sequence[Sequence[Done]], rivals: Sequence[str] | None = None
     return [a or b for a, b in zip(idle, _incomplete(cells, rivals), strict=True)]
 
 
-# Cells for other programs.
-
-
-def rows(cells: Iterable[Done]) -> list[dict[str, Any]]:
-    """One flat dict a cell: kind, data set, architecture, attack, seed, rate, defence, settings, every figure, cost and versions.
-
-    Nested figures get a name of both parts (`fpr_corrupted_noise`, `asr_before`); NaN becomes None; curves and histories stay in the cells.
-    """
-    return [_row(cell) for cell in cells]
-
-
-def _row(cell: Done) -> dict[str, Any]:
-    key = cell["key"]
-    row: dict[str, Any] = {
-        "kind": cell["kind"],
-        **{name: key[name] for name in ("dataset", "arch", "attack", "seed", "rate", "net")},
-        "epochs": key["recipe"]["epochs"],
-        "defence": key.get("defence"),
-        "options": json.dumps(key["options"], sort_keys=True) if key.get("options") else None,
-        "clean_images": key.get("clean_images"),
-        "judged": key.get("judged"),
-    }
-    if key["attack"] is None:
-        row["rate"] = None  # nothing was poisoned
-    for name, value in cell["result"].items():
-        if name in _NOT_IN_ROWS or name in row:
-            continue
-        if name in ("before", "after"):
-            row |= {f"{figure.lower()}_{name}": _or_none(v) for figure, v in value.items()}
-        elif isinstance(value, Mapping):
-            row |= {f"{name}_{part}": _or_none(v) for part, v in value.items()}
-        else:
-            row[name] = "; ".join(map(str, value)) if isinstance(value, list) else _or_none(value)
-    row |= {name: cell[name] for name in ("seconds", "peak_memory_mb", "threads", "finished")}
-    return row | {f"version_{name}": version for name, version in cell["versions"].items()}
-
-
-def write(cells: Iterable[Done], folder: str | os.PathLike[str], command: str | None = None) -> list[Path]:
-    """Writes `results.json`, `results.parquet` and `leaderboard.md`, each whole or not at all, and returns their paths.
-
-    Raises:
-        ModuleNotFoundError: pyarrow is missing; the message names the extra.
-    """
-    pa, parquet = need("pyarrow", "cli"), need("pyarrow.parquet", "cli")
-    cells, place = list(cells), Path(folder)
-    flat = rows(cells)
-    write_json(place / "results.json", flat)
-    names = dict.fromkeys(name for row in flat for name in row)
-    with replacing(place / "results.parquet") as file:
-        parquet.write_table(pa.table({name: _arrow(pa, [row.get(name) for row in flat]) for name in names}), file)
-    with replacing(place / "leaderboard.md") as file:
-        file.write_text(markdown(cells, command), "utf-8")
-    return [place / name for name in ("results.json", "results.parquet", "leaderboard.md")]
-
-
-def _arrow(pa: Any, values: list[Any]) -> Any:
-    """A column; one without any value counts as numbers."""
-    kinds = {type(v) for v in values if v is not None}
-    if str in kinds:
-        return pa.array([None if v is None else str(v) for v in values], pa.string())
-    return pa.array(values, pa.bool_() if kinds == {bool} else pa.int64() if kinds == {int} else pa.float64())
-
-
 # Small parts.
 
 
@@ -381,10 +346,10 @@ def _alike(cells: Iterable[Done]) -> list[tuple[str, list[Done]]]:
 def _label(cell: Done) -> str:
     """The defence and its options."""
     options = ", ".join(f"{k} {v}" for k, v in (cell["key"].get("options") or {}).items())
-    return cell["key"]["defence"].removeprefix("remove:") + (f" ({options})" if options else "")
+    return cell["key"]["defence"].removeprefix("remove:").removeprefix("inspect:") + (f" ({options})" if options else "")
 
 
-def _under(cells: Iterable[Done], attack: str) -> list[Done]:
+def _under(cells: Iterable[Done], attack: str | None) -> list[Done]:
     return [c for c in cells if c["key"]["attack"] == attack]
 
 
@@ -419,7 +384,3 @@ def _ends(cells: Iterable[Done], name: str, form: str) -> str:
 def _span(values: Iterable[float]) -> str:
     low, high = min(values := list(values)), max(values)
     return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
-
-
-def _or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

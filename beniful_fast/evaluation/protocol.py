@@ -1,4 +1,4 @@
-"""The protocol: train, attack, screen, remove, each step a cell that is computed once.
+"""The protocol: train, attack, screen, inspect, remove, each step a cell that is computed once.
 
 for done in Evaluation("cifar10", attacks=["badnets"], defences=["beniful", "strip", "remove:beniful"]).run():
     print(done["kind"], done["result"])
@@ -20,6 +20,8 @@ from torch.utils.data import TensorDataset
 
 from ..attacks import Attack
 from ..calibration import Calibration
+from ..inspection import BACKDOORED, inspect
+from ..inspection import METHODS as VERDICTS
 from ..removal import METHODS, remove
 from ..report import auroc, roc
 from ..screening import Screener
@@ -39,6 +41,9 @@ TRACED = 1000  # test images that judge each epoch of a removal
 # A score of STRIP costs a forward pass an overlay: with the 100 of its authors it would take most of the whole evaluation.
 DETECTOR_OPTIONS: dict[str, dict[str, Any]] = {"strip": {"overlays": 10}}
 REMOVALS = {f"remove:{method}": method for method in METHODS} | {"remove:beniful+screened": "beniful"}
+# (methods, faithful) of `inspect`; None is all that fit.
+INSPECTIONS: dict[str, tuple[str | None, bool]] = {"inspect": (None, False)} | {f"inspect:{name}": (name, False) for name in VERDICTS}
+INSPECTIONS["inspect:ban+faithful"] = ("ban", True)
 
 
 class Evaluation:
@@ -47,7 +52,8 @@ class Evaluation:
     Args:
         dataset: see `load_splits`.
         attacks: names of `ATTACKS`.
-        defences: names of `DETECTORS` for input screening; "remove:<method>" for removal (`REMOVALS`), where "remove:beniful+screened" also
+        defences: names of `DETECTORS` for input screening; "inspect" or "inspect:<method>" for a verdict on each network, the clean ones
+            too (`INSPECTIONS`); "remove:<method>" for removal (`REMOVALS`), where "remove:beniful+screened" also
             gets the inputs that our Screener filters out of a stream of 500 with 10 % triggered ones.
         arch: one of `NETWORKS`.
         seeds: one network of each kind is trained for each.
@@ -81,7 +87,7 @@ class Evaluation:
         device: torch.device | str = "cpu",
         splits: Splits | None = None,
     ) -> None:
-        known = [*DETECTORS, *REMOVALS]
+        known = [*DETECTORS, *INSPECTIONS, *REMOVALS]
         for name in defences:
             if name not in known:
                 raise ValueError(f"defences: got {name!r}, takes one of {', '.join(known)}")
@@ -103,11 +109,14 @@ class Evaluation:
     def plan(self) -> list[Cell]:
         """All cells in order, finished or not: clean networks, then for each attacked one its training, screening and removal."""
         out: list[Cell] = []
+        verdicts = [name for name in self.defences if name in INSPECTIONS]
         for clean in dict.fromkeys(spec.clean for spec in self.nets):
             out.append(Cell("train", self._key(clean), lambda spec=clean: dict(self.net(spec).card)))  # type: ignore[misc]
+            out += [self._inspect(clean, name) for name in verdicts]
         for spec in self.nets:
             out.append(Cell("train", self._key(spec), lambda spec=spec: dict(self.net(spec).card)))  # type: ignore[misc]
-            out += [self._screen(spec, name) if name in DETECTORS else self._remove(spec, name) for name in self.defences]
+            for name in self.defences:
+                out.append((self._screen if name in DETECTORS else self._inspect if name in INSPECTIONS else self._remove)(spec, name))
         return out
 
     def run(self, progress: Callable[[int, int, Cell], None] | None = None) -> Iterator[dict[str, Any]]:
@@ -217,6 +226,33 @@ class Evaluation:
         contaminated = _Calibrated(name, options, dirty, net.model, spec.seed).scores(judged, triggered)
         result["auroc_contaminated"] = auroc(contaminated[0], contaminated[1][reached] if bool(reached.any()) else contaminated[1])
         return result
+
+    # Inspection.
+
+    def _inspect(self, spec: NetSpec, name: str) -> Cell:
+        return Cell("inspect", self._key(spec, defence=name, clean_images=self.clean_images), lambda: self.inspect(spec, name))
+
+    def inspect(self, spec: NetSpec, name: str) -> dict[str, Any]:
+        """A verdict on one network, clean or attacked, from the defender's images."""
+        methods, faithful = INSPECTIONS[name]
+        net, clean = self.net(spec), TensorDataset(*self._defender())
+        start = time.perf_counter()
+        report = inspect(net.model, clean, methods=methods, device=self.device, seed=spec.seed, faithful=faithful)
+        seconds = time.perf_counter() - start
+        accused = report.verdict == BACKDOORED
+        return {
+            "verdict": report.verdict,
+            "target": report.target,
+            "confidence": report.confidence,
+            "right": accused == (spec.attack is not None),
+            "right_target": accused and report.target == net.card["target"],
+            "statistics": {e.method: e.statistic for e in report.evidence},
+            "verdicts": {e.method: e.verdict for e in report.evidence},
+            "skipped": report.skipped,
+            "inspect_seconds": seconds,
+            "forward_images": sum(e.forward_images for e in report.evidence),
+            "backward_images": sum(e.backward_images for e in report.evidence),
+        }
 
     # Removal.
 

@@ -17,11 +17,24 @@ from ..features import FeatureTap, find_logits, predicted, unwrap
 from ..removal.data import LEAST, read_labelled
 from ..removal.training import PREDICT_BATCH, reproducible
 from . import ban, inversion, mesa
-from .results import Evidence, InspectionReport, Job, Skipped
+from .results import BACKDOORED, CLEAN, INCONCLUSIVE, Evidence, InspectionReport, Job, Skipped
 from .staircase import Staircase, fit_staircase
 from .trigger_distribution import Rule, TriggerDistribution
 
-__all__ = ["METHODS", "Evidence", "InspectionReport", "Rule", "Skipped", "Staircase", "TriggerDistribution", "fit_staircase", "inspect"]
+__all__ = [
+    "BACKDOORED",
+    "CLEAN",
+    "INCONCLUSIVE",
+    "METHODS",
+    "Evidence",
+    "InspectionReport",
+    "Rule",
+    "Skipped",
+    "Staircase",
+    "TriggerDistribution",
+    "fit_staircase",
+    "inspect",
+]
 
 METHODS: dict[str, Callable[[Job], Evidence]] = {"ban": ban.run, "neural_cleanse": inversion.run, "mesa": mesa.run}
 

@@ -54,3 +54,13 @@ def removed(
         **{"did_nothing": idle, "suspicious": 0, "history": list(history), "notes": ["first", "second"]},
     }
     return _cell("remove", attack, seed, result, defence=f"remove:{method}", options={}, clean_images=300)
+
+
+def inspected(attack: str | None, method: str, accused: bool, seed: int = 0, *, target: int = 0) -> dict[str, Any]:
+    result = {
+        **{"verdict": "backdoored" if accused else "inconclusive", "target": target if accused else None, "confidence": 0.5},
+        **{"right": accused == (attack is not None), "right_target": accused and target == 0, "statistics": {method: 0.7}},
+        **{"verdicts": {method: "backdoored" if accused else "inconclusive"}, "skipped": {}, "inspect_seconds": 4.0},
+        **{"forward_images": 1000, "backward_images": 500},
+    }
+    return _cell("inspect", attack, seed, result, defence=f"inspect:{method}", clean_images=300)

@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from beniful_fast.evaluation.leaderboard import markdown, rows, sections, write
+from beniful_fast.evaluation.exports import rows, write
+from beniful_fast.evaluation.leaderboard import markdown, sections
 from beniful_fast.evaluation.tables import Figures, Text, table
 
-from .finished_cells import RECIPE, removed, screened, trained
+from .finished_cells import RECIPE, inspected, removed, screened, trained
 
 
 def lines(cells: list[dict[str, Any]], title: str) -> list[list[str]]:
@@ -39,6 +40,23 @@ def test_auroc_has_the_clean_network_beside_it_and_the_best_in_bold() -> None:
         ["beniful", "**0.950 (0.510)**", "0.700 (0.510)", "0.825 (0.510)", "0.700"],
         ["strip", "0.800 (0.510)", "**0.900 (0.510)**", "**0.850 (0.510)**", "**0.800**"],
     ]
+
+
+def test_verdicts_with_intervals() -> None:
+    cells = [inspected("badnets", "ban", True, seed, target=seed % 2) for seed in range(4)]
+    cells += [
+        inspected("sig", "ban", False),
+        inspected(None, "ban", False),
+        inspected(None, "ban", True, 1),
+        inspected("sig", "mesa", True),
+    ]
+    found = lines(cells, "Inspection")
+    assert found[0] == ["method", "right verdicts", "right targets", "clean", "badnets", "sig", "seconds", "images forward", "backward"]
+    # Wilson's interval of 5 in 7, as in Wilson (1927): centre (k + z^2/2) / (n + z^2).
+    assert found[1][:6] == ["ban", "5 of 7 (36% to 92%)", "2 of 5", "1 of 2", "4 of 4", "0 of 1"]
+    assert found[2][:6] == ["mesa", "1 of 1 (21% to 100%)", "1 of 1", "-", "-", "1 of 1"]
+    row = next(r for r in rows(cells) if r["kind"] == "inspect")
+    assert (row["defence"], row["verdict"], row["statistics_ban"], row["right"]) == ("inspect:ban", "backdoored", 0.7, True)
 
 
 def test_a_backdoor_that_was_not_planted_does_not_count() -> None:

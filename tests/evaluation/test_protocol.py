@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from beniful_fast import inspect
 from beniful_fast.evaluation.corruptions import CORRUPTIONS
 from beniful_fast.evaluation.metrics import predictions
 from beniful_fast.evaluation.protocol import Evaluation
@@ -109,6 +110,22 @@ def test_removal_and_training_agree(evaluation: Evaluation) -> None:
     assert {name.lower(): value for name, value in removal["before"].items()} == pytest.approx({n: card[n] for n in ("acc", "asr", "ra")})
     assert len(removal["history"]) == 1 and removal["suspicious"] == 0
     assert removal["before"] != removal["after"] and removal["did_nothing"] is False
+
+
+def test_clean_networks_are_inspected_too(evaluation: Evaluation, tmp_path: Path) -> None:
+    names = ["inspect", "inspect:neural_cleanse"]
+    made = Evaluation("digits", ["badnets"], names, folder=str(tmp_path), splits=evaluation.splits(), **SETTINGS)
+    made.net = evaluation.net  # type: ignore[method-assign]
+    steps = [(cell.kind, cell.key["attack"], cell.key.get("defence")) for cell in made.plan()]
+    both = [("inspect", None, name) for name in names]
+    assert steps == [("train", None, None), *both, ("train", "badnets", None), *((k, "badnets", n) for k, _, n in both)]
+    cell = next(c for c in made.plan() if c.key.get("defence") == "inspect:neural_cleanse" and c.key["attack"])
+    result = made.cells.run(cell)["result"]
+    report = inspect(made.net(made.nets[0]).model, made._defender(), methods="neural_cleanse", seed=0)
+    assert result["verdict"] == report.verdict and result["target"] == report.target
+    assert result["statistics"] == {"neural_cleanse": report.evidence[0].statistic}
+    assert result["right"] == (report.verdict == "backdoored")
+    assert result["forward_images"] == report.evidence[0].forward_images > 0
 
 
 def test_nothing_is_computed_twice(evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
