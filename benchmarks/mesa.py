@@ -2,7 +2,7 @@
 
     python -m benchmarks.mesa                     # 6 of the 51 black-white 3 x 3 patterns and 2 of random colours
     python -m benchmarks.mesa --patterns bw3      # one of them; bw0 to bw50, rgb0, rgb1, ... or all
-    python -m benchmarks.mesa --controls          # alpha 0 against 0.1, entropies, and the plain loop's time, on the first pattern
+    python -m benchmarks.mesa --controls          # alpha 0 against 0.1, and the plain loop, on the first pattern
     python -m benchmarks.mesa --table             # of what is finished
 
 A clean network of the zoo is fine-tuned on its 45,000 training images, 1 % of them with the pattern at a random place and label 0, until the
