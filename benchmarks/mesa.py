@@ -5,7 +5,7 @@
     python -m benchmarks.mesa --controls          # alpha 0 against 0.1, and the plain loop, on the first pattern
     python -m benchmarks.mesa --table             # of what is finished
 
-A clean network of the zoo is fine-tuned on its 45,000 training images, 1 % of them with the pattern at a random place and label 0, until the
+A clean network of the zoo is fine-tuned on its 45,000 training images, 1 % with the pattern at a random place and label 0, until the
 ASR on 1,000 of the defender's images is 97 %. Of the 10,000 test images 8,000 go to the defence and 2,000 judge. Arms: MESA with the size
 known and the place random; the true trigger; one reversed trigger; clean images alone, by the same recipe. Needs BENIFUL_DATA with cifar10.
 """

@@ -24,12 +24,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import beniful_fast as bf
+from beniful_fast.scores import SCORES
 
 from .machine import describe
 from .run import RESULTS
 
 BATCH, IMAGES, ROUNDS, SEEDS = 128, 512, 7, (0, 1, 2)
-SCORES = ("beniful", "mahalanobis", "norm", "softmax")
 
 
 class Block(nn.Module):

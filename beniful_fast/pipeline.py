@@ -132,15 +132,18 @@ class Pipeline:
         if self.score_kind == "mahalanobis":
             assert self._gaussians is not None
             return self._gaussians(vae.standardize(z), classes), classes, None
+        beside = None
+        if self.score_kind == "combined" and self._gaussians is not None:
+            beside = self._gaussians(vae.standardize(z), classes).sqrt()
         if len(raw) == 4:
             consistent = raw[3] if self._consistent_by else None
             if self.consistency is False:
                 consistent = None
-            return beniful_score(raw[2], consistent, self.weight), classes, consistent
+            return beniful_score(raw[2], consistent, self.weight, beside), classes, consistent
         consistent = None
         if self._consistent_by == "head":
             consistent = self._head(vae(z) * vae.std + vae.mean) == classes
-        return beniful_score(vae_reconstruction_distance(z, vae), consistent, self.weight), classes, consistent
+        return beniful_score(vae_reconstruction_distance(z, vae), consistent, self.weight, beside), classes, consistent
 
     def _choose_consistency(self, z: Tensor, classes: Tensor) -> tuple[str | None, str]:
         """How consistency is computed, and if it is not, why."""

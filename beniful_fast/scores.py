@@ -5,21 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-SCORES = ("beniful", "mahalanobis", "norm", "softmax")
+SCORES = ("combined", "beniful", "mahalanobis", "norm", "softmax")
 
 
-def beniful_score(distance: Tensor, consistent: Tensor | None, weight: float) -> Tensor:
-    """s = log d + w [inconsistent], one score from BeniFul's two parts, so that calibrating it keeps the false-positive rate.
+def beniful_score(distance: Tensor, consistent: Tensor | None, weight: float, beside: Tensor | None = None) -> Tensor:
+    """s = log d + w [inconsistent] (+ log m), one score of all parts, so that calibrating it keeps the false-positive rate.
 
     Args:
         distance: (N,) reconstruction distances d >= 0; 0 counts as the smallest positive number, NaN stays NaN.
         consistent: (N,) bool, or None to leave inference consistency out.
         weight: w, the interquartile range of log d on the fit half.
+        beside: (N,) another distance m >= 0 that counts as much, or None.
 
     Returns:
         (N,) float32.
     """
-    s = distance.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+    parts = [value.float().clamp_min(torch.finfo(torch.float32).tiny).log() for value in (distance, beside) if value is not None]
+    s = parts[0] if beside is None else parts[0] + parts[1]
     return s if consistent is None else s + weight * (~consistent).to(s.dtype)
 
 

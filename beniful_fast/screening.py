@@ -27,6 +27,8 @@ LATENT = {"features": 4, "images": 32}
 FLUSH_ROWS = 2048
 # Share of the fit half that is left out of fitting: 1 % triggered images there would otherwise be learnt as clean.
 TRIM, OUTLIERS = 0.03, "left out "
+# A covariance of fewer images than that is mostly noise.
+ROWS_PER_FEATURE, NO_COVARIANCE = 2, "the Mahalanobis distance is left out"
 # What fit sets, and puts back where it fails.
 FITTED = ("_vae", "_gaussians", "_calibration", "_consistent_by", "consistency_note", "weight", "r2", "n_fit", "n_classes", "weights_hash")
 
@@ -38,8 +40,9 @@ class Screener(Pipeline):
     >>> result = screener.screen(loader)                     # scores, p-values, flags, predictions, keys
 
     A VAE learns the clean features; s = log d + w [inconsistent] with d the standardised reconstruction error, inconsistent when the
-    model's head predicts another class from the reconstructed feature, and w the interquartile range of log d. A higher score is more
-    suspicious. p-values are split-conformal: p = (1 + #{calibration scores >= s}) / (n + 1) on clean images that nothing was fitted on.
+    model's head predicts another class from the reconstructed feature, and w the interquartile range of log d. To that the default adds
+    log m, the class-conditional Mahalanobis distance of the same features. A higher score is more suspicious. p-values are
+    split-conformal: p = (1 + #{calibration scores >= s}) / (n + 1) on clean images that nothing was fitted on.
 
     Args:
         model: any nn.Module image classifier that takes a batch and returns logits (or a dict, ModelOutput or tuple with them). It runs
@@ -51,7 +54,8 @@ class Screener(Pipeline):
         precision: None for the model's own dtype, "bf16" or "fp16" for autocast.
         device: None for the model's own; for another one a copy of the model is made there.
         seed: of the split into fit and calibration halves and of the VAE's training.
-        score: "beniful", or a baseline on the same features: "mahalanobis" (class-conditional), "norm" (|t|^2 / D), "softmax".
+        score: "combined"; "beniful" without log m; or a baseline on the same features: "mahalanobis" (class-conditional), "norm"
+            (|t|^2 / D), "softmax".
         guarantee: "marginal", or "pac" to hold for this calibration set with probability 1 - delta.
         delta: see `guarantee`.
         two_sided: unusually small scores are suspicious too.
@@ -81,7 +85,7 @@ class Screener(Pipeline):
         precision: str | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
-        score: str = "beniful",
+        score: str = "combined",
         guarantee: str = "marginal",
         delta: float = 0.05,
         two_sided: bool = False,
@@ -98,8 +102,8 @@ class Screener(Pipeline):
         for name, number in (("latent", latent), ("batch_size", batch_size)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: got {number}, takes a positive number")
-        if reconstruct == "images" and score != "beniful":
-            raise ValueError(f"score: got {score!r} with reconstruct='images', takes 'beniful'; baselines work on features")
+        if reconstruct == "images" and score not in ("combined", "beniful"):
+            raise ValueError(f"score: got {score!r} with reconstruct='images', takes 'combined' or 'beniful'; baselines work on features")
         tap = FeatureTap(model, layer)
         weight = next((p for p in tap.model.parameters() if p.is_floating_point()), None)
         home = torch.device("cpu") if weight is None else weight.device
@@ -336,14 +340,14 @@ class Screener(Pipeline):
                 RuntimeWarning,
                 stacklevel=4,
             )
-        if self.score_kind != "beniful":
+        if self.score_kind not in ("combined", "beniful"):
             self.consistency_note = f"score={self.score_kind!r} does not use it"
             # Only its standardisation is used; its random weights must not move the caller's random state.
             with torch.device(z.device), torch.no_grad(), torch.random.fork_rng(devices=[z.device] if z.device.type == "cuda" else []):
                 self._vae = FeatureVAE(z.shape[1], 1, 1).eval().requires_grad_(False)
                 self._vae.set_standardization(z)
                 if self.score_kind == "mahalanobis":
-                    self._gaussians = ClassGaussians(z.shape[1], self.n_classes).fit(self._vae.standardize(z), classes)
+                    self._gaussians = self._fit_gaussians(z, classes, self._without_outliers(z, classes))
             return
         keep = self._without_outliers(z, classes)
         if self.reconstruct == "images":
@@ -357,14 +361,22 @@ class Screener(Pipeline):
         self.weight = 0.0
         log_d, _, _ = self._from_cache(raw, images)
         self.weight = iqr(log_d)
+        if self.score_kind == "combined" and int(keep.sum()) >= ROWS_PER_FEATURE * z.shape[1]:
+            with torch.device(z.device), torch.no_grad():
+                self._gaussians = self._fit_gaussians(z, classes, keep)
+        elif self.score_kind == "combined":
+            self.notes.append(f"{NO_COVARIANCE}: {len(z)} fit images are too few for the covariance of {z.shape[1]} features")
+
+    def _fit_gaussians(self, z: Tensor, classes: Tensor, keep: Tensor) -> ClassGaussians:
+        assert self._vae is not None
+        return ClassGaussians(z.shape[1], self.n_classes).fit(self._vae.standardize(z[keep]), classes[keep])
 
     def _without_outliers(self, z: Tensor, classes: Tensor) -> Tensor:
         """Rows of the fit half to fit on. The calibration half keeps all its images, so the false-positive rate is not touched."""
-        self.notes[:] = [note for note in self.notes if not note.startswith(OUTLIERS)]
+        self.notes[:] = [note for note in self.notes if not note.startswith((OUTLIERS, NO_COVARIANCE))]
         keep = torch.ones(len(z), dtype=torch.bool, device=z.device)
         count = int(TRIM * len(z))
-        # A covariance of fewer images than dimensions calls arbitrary ones far.
-        if count and len(z) >= 2 * z.shape[1]:
+        if count and len(z) >= ROWS_PER_FEATURE * z.shape[1]:
             std = z.std(0)
             keep = typical((z - z.mean(0)) / (std + 1e-3 * std.mean() + 1e-6), classes, self.n_classes, TRIM)
             self.notes.append(

@@ -28,7 +28,7 @@ FILES = {"leaderboard.md", "report.html", "results.json", "results.parquet"}
         (("--attacks", "badnets+bland"), "--attacks: got 'bland', .*; near: blend"),
         (("--attacks", ","), "--attacks: got '', takes badnets"),
         (("--defences", "remove:benifull"), "--defences: got 'remove:benifull', .*; near: remove:beniful"),
-        (("--defences", "qqq"), "--defences: got 'qqq', takes beniful, .*remove:finetune, [^;]*$"),
+        (("--defences", "qqq"), "--defences: got 'qqq', takes combined, .*remove:finetune, [^;]*$"),
         (("--arch", "resnet21"), "--arch: got 'resnet21', .*; near: resnet20"),
         (("--device", "nowhere"), "--device: 'nowhere' can't be used here"),
         (("--dataset", "no-such-data"), "no-such-data"),

@@ -51,7 +51,9 @@ def test_p_values_flags_and_threshold_agree(screener):
     assert torch.equal(screener.p_value(strange()), screener.p_value(strange()))
 
 
-def test_score_is_log_distance_plus_weighted_inconsistency(model, screener):
+@pytest.mark.parametrize("score", ["beniful", "combined"])
+def test_score_is_the_log_of_each_distance_plus_weighted_inconsistency(model, score):
+    screener = Screener(model, score=score).fit(CLEAN)
     x = images(50, seed=4)
     r = screener.screen(x)
     vae = screener._vae
@@ -60,8 +62,14 @@ def test_score_is_log_distance_plus_weighted_inconsistency(model, screener):
         z_hat = vae(z) * vae.std + vae.mean
         d = (vae.standardize(z) - vae(z)).square().mean(1)
         consistent = model.fc(z_hat).argmax(1) == model(x).argmax(1)
+        m = torch.ones(50)
+        if score == "combined":
+            gaussians = screener._gaussians
+            centred = vae.standardize(z) - gaussians.means[model(x).argmax(1)]
+            m = (centred @ torch.linalg.inv(gaussians.whiten.T @ gaussians.whiten).inverse() * centred).mean(1).sqrt()
     assert torch.equal(r.consistent, consistent)
-    torch.testing.assert_close(r.scores, d.log() + screener.weight * (~consistent), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(r.scores, d.log() + m.log() + screener.weight * (~consistent), rtol=1e-3, atol=1e-3)
+    assert screener.weight == Screener(model, score="beniful").fit(CLEAN).weight > 0
     assert torch.equal(r.predictions, model(x).argmax(1))
 
 
@@ -211,11 +219,22 @@ def test_result_to_parquet_and_summary(screener, tmp_path):
     assert "10 inputs" in repr(r)
 
 
-@pytest.mark.parametrize("score", ["mahalanobis", "norm", "softmax"])
-def test_baselines(model, score, tmp_path):
+def test_without_images_for_a_covariance_the_distance_to_the_class_is_left_out(model):
+    few = Screener(model, fpr=0.1).fit(CLEAN[:40], CLEAN[40:80])
+    assert few._gaussians is not None
+    fewer = Screener(model, fpr=0.1).fit(CLEAN[:30], CLEAN[40:80])
+    assert fewer._gaussians is None and any("30 fit images are too few for the covariance of 16 features" in note for note in fewer.notes)
+    alone = Screener(model, fpr=0.1, score="beniful").fit(CLEAN[:30], CLEAN[40:80])
+    assert torch.equal(fewer.score(strange()), alone.score(strange()))
+    fewer.fit(CLEAN)
+    assert fewer._gaussians is not None and not any("too few" in note for note in fewer.notes)
+
+
+@pytest.mark.parametrize("score", ["combined", "beniful", "mahalanobis", "norm", "softmax"])
+def test_every_score_comes_back_from_its_file(model, score, tmp_path):
     s = Screener(model, score=score).fit(CLEAN)
     r = s.screen(strange())
-    assert r.consistent is None
+    assert (r.consistent is not None) == (score in ("combined", "beniful"))
     if score != "softmax":
         assert r.flags.float().mean() > 0.9
     s.save(tmp_path / "s")

@@ -31,7 +31,7 @@ def evaluate(
         typer.Option(
             "--defences",
             metavar="A,B",
-            help="Detectors, inspect[:METHOD], remove:METHOD. Default: beniful, mahalanobis, remove:beniful, remove:finetune.",
+            help="Detectors, inspect[:METHOD], remove:METHOD. Default: combined, mahalanobis, remove:beniful, remove:finetune.",
         ),
     ] = None,
     arch: Annotated[
@@ -61,7 +61,7 @@ def evaluate(
     Every step is kept in its own file as soon as it is finished: run the same command again after an interruption, or with more attacks,
     defences or seeds, and only what is missing is computed. Writes leaderboard.md, report.html, results.json and results.parquet.
 
-    Example:  beniful-fast evaluate --attacks badnets,blend --defences beniful,strip,remove:beniful --arch resnet12w --seeds 2
+    Example:  beniful-fast evaluate --attacks badnets,blend --defences combined,strip,remove:beniful --arch resnet12w --seeds 2
     """
     from ..data.base import need
 
@@ -103,7 +103,7 @@ def _wanted(attacks: list[str] | None, defences: list[str] | None, arch: str) ->
     from ..attacks import ATTACKS
     from ..evaluation.detectors import DETECTORS
     from ..evaluation.networks import NETWORKS
-    from ..evaluation.protocol import INSPECTIONS, REMOVALS
+    from ..evaluation.protocol import DEFENCES, INSPECTIONS, REMOVALS
 
     def names(option: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
         found = list(dict.fromkeys(name.strip() for text in given for name in text.split(",") if name.strip()))
@@ -117,9 +117,7 @@ def _wanted(attacks: list[str] | None, defences: list[str] | None, arch: str) ->
     return {
         "arch": arch,
         "attacks": names("--attacks", attacks or ["badnets"], list(ATTACKS)),
-        "defences": names(
-            "--defences", defences or ["beniful", "mahalanobis", "remove:beniful", "remove:finetune"], [*DETECTORS, *INSPECTIONS, *REMOVALS]
-        ),
+        "defences": names("--defences", defences or list(DEFENCES), [*DETECTORS, *INSPECTIONS, *REMOVALS]),
     }
 
 

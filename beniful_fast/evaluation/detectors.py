@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..features import find_logits, predicted
 from ..pipeline import Raw
+from ..scores import SCORES
 from ..screening import Screener
 from .metrics import Inference
 
@@ -89,7 +90,7 @@ class ScreenerDetector(Detector):
     The Screener fits on one half of the clean images and calibrates on the other; the other detectors, which calibrate nothing, use all.
 
     Args:
-        score: "beniful", "mahalanobis", "norm" or "softmax".
+        score: "combined", "beniful", "mahalanobis", "norm" or "softmax".
         options: further ones of the Screener, such as `fpr` or `layer`.
 
     Attributes:
@@ -98,7 +99,7 @@ class ScreenerDetector(Detector):
 
     screener: Screener
 
-    def __init__(self, score: str = "beniful", *, seed: int = 0, batch_size: int | None = None, **options: Any) -> None:
+    def __init__(self, score: str = "combined", *, seed: int = 0, batch_size: int | None = None, **options: Any) -> None:
         super().__init__(seed=seed, batch_size=batch_size)
         self.name, self._options = score, options
 
@@ -290,7 +291,7 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 DETECTORS: dict[str, Callable[..., Detector]] = {
-    **{score: partial(ScreenerDetector, score) for score in ("beniful", "mahalanobis", "norm", "softmax")},
+    **{score: partial(ScreenerDetector, score) for score in SCORES},
     "spectral": SpectralSignature,
     "strip": Strip,
     "scale_up": ScaleUp,

@@ -33,6 +33,7 @@ from .metrics import backdoor_metrics, bootstrap_interval, conformal_fpr_interva
 from .nets import NetSpec, obtain, recipe_for
 from .splits import Splits, load_splits
 
+DEFENCES = ("combined", "mahalanobis", "remove:beniful", "remove:finetune")
 FPR = 0.05
 CONTAMINATION = 0.01  # triggered images inside the "clean" set, in one of the experiments
 # What removal may use beside clean data: a stream that the Screener filters.
@@ -74,7 +75,7 @@ class Evaluation:
         self,
         dataset: str = "cifar10",
         attacks: Sequence[str] = ("badnets",),
-        defences: Sequence[str] = ("beniful", "mahalanobis", "remove:beniful", "remove:finetune"),
+        defences: Sequence[str] = DEFENCES,
         *,
         arch: str = "resnet20",
         seeds: Sequence[int] = (0,),

@@ -16,6 +16,7 @@ from beniful_fast.attacks import BadNets
 from beniful_fast.evaluation.detectors import DETECTORS, ScaleUp, ScreenerDetector, SpectralSignature, Strip
 from beniful_fast.features import FeatureTap
 from beniful_fast.report import auroc
+from beniful_fast.scores import SCORES
 
 from ..models import SmallNet
 
@@ -128,7 +129,7 @@ def test_an_image_that_gives_nan_scores_nan_and_spoils_no_other(name):
 
 def test_screener_entries_are_the_screener():
     model, clean, images = small(), torch.rand(120, 3, 8, 8), torch.rand(20, 3, 8, 8)
-    for score in ("beniful", "mahalanobis", "norm", "softmax"):
+    for score in SCORES:
         detector = DETECTORS[score](seed=5, fpr=0.1).fit(model, clean)
         assert torch.equal(detector.score(images), bf.Screener(model, score=score, seed=5, fpr=0.1).fit(clean).score(images))
         assert detector.screener.layer == "fc:input"

@@ -61,7 +61,7 @@ def test_plan_order(tmp_path: Path) -> None:
 
 
 def test_unknown_defence() -> None:
-    with pytest.raises(ValueError, match="defences: got 'beniful2', takes one of beniful, "):
+    with pytest.raises(ValueError, match="defences: got 'beniful2', takes one of combined, beniful, "):
         Evaluation("digits", defences=["beniful2"])
 
 
