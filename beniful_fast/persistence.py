@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -13,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import files
 from .quiet import bytes_of
-from .results import replacing
 
 if TYPE_CHECKING:
     from .screening import Screener
 
-FORMAT = "beniful_fast.Screener"
-VERSION = 1
+KIND, VERSION = "Screener", 1
 OPTIONS = (
     "reconstruct",
     "fpr",
@@ -74,16 +72,12 @@ def _difference(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 def save(screener: Screener, path: Path) -> None:
     """Writes `path` by way of a temporary file beside it."""
-    from safetensors.torch import save as to_bytes
-
-    if path.is_dir():
-        raise ValueError(f"path: {path} is a folder, takes the name of a file to write, such as screener.safetensors")
     tensors = {"calibration.scores": screener.calibration.scores}
     if screener.calibration.classes is not None:
         tensors["calibration.classes"] = screener.calibration.classes
     for prefix, module in (("vae", screener._vae), ("gaussians", screener._gaussians)):
         if module is not None:
-            tensors |= {f"{prefix}.{name}": value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+            tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
     meta = {
         "options": {name: getattr(screener, name) for name in OPTIONS} | {"score": screener.score_kind},
         "layers": list(screener.layers),
@@ -100,32 +94,7 @@ def save(screener: Screener, path: Path) -> None:
         "code": None if screener._vae is None else screener._vae.latent,
         "image_shape": list(getattr(screener._vae, "image_shape", ())),
     }
-    payload = to_bytes(tensors, metadata={"format": FORMAT, "version": str(VERSION), "screener": json.dumps(meta)})
-    with replacing(path) as temporary:
-        temporary.write_bytes(payload)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    if path.is_dir():
-        raise ValueError(f"path: {path} is a folder, takes a file that Screener.save wrote")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            head = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: truncated, or no safetensors file ({error})") from None
-    if head.get("format") != FORMAT:
-        raise ValueError(f"{path}: a safetensors file, but no Screener: its format is {head.get('format')!r}, takes {FORMAT!r}")
-    if head.get("version") != str(VERSION):
-        raise ValueError(f"{path}: version {head.get('version')} of the Screener format, this release reads version {VERSION}")
-    try:
-        return tensors, json.loads(head["screener"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: its metadata can't be read ({error})") from None
+    files.write(path, KIND, VERSION, tensors, meta)
 
 
 def load(
@@ -137,7 +106,7 @@ def load(
     from .scores import ClassGaussians
     from .vae import FeatureVAE, ImageVAE
 
-    tensors, meta = _read(path)
+    tensors, meta = files.read(path, KIND, VERSION)
     inner = unwrap(model)
     now = architecture(inner)
     try:

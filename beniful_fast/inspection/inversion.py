@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import files
 from ..removal.data import CleanData
 from ..removal.training import reproducible
-from ..results import replacing
 from .frozen import Frozen, checked, home, pixel_range
 from .results import BACKDOORED, INCONCLUSIVE, Evidence, Job, Skipped
 
-FORMAT, VERSION = "beniful_fast.Inversion", 1
+KIND, VERSION = "Inversion", 1
 THRESHOLD = 2.0  # of the anomaly index, as published
 ACCUSES = 2.75  # from which it counts as evidence: clean networks reached 2.3
 COUNTS = 0.9  # success on held-out images from which a norm counts
@@ -103,10 +99,7 @@ class Inversion:
         meta: dict[str, Any] = {name: getattr(self, name) for name in names}
         meta["triggers"] = [{"target": t.target, "norm": t.norm, "asr": t.asr} for t in self.triggers]
         tensors = {"mask": torch.stack([t.mask for t in self.triggers]), "pattern": torch.stack([t.pattern for t in self.triggers])}
-        with replacing(Path(path)) as temporary:
-            save_file(
-                {**tensors, "anomaly": self.anomaly}, temporary, {"format": FORMAT, "version": str(VERSION), "inversion": json.dumps(meta)}
-            )
+        files.write(path, KIND, VERSION, {**tensors, "anomaly": self.anomaly}, meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Inversion:
@@ -115,17 +108,8 @@ class Inversion:
         Raises:
             ValueError: the file is truncated or holds something else.
         """
+        tensors, meta = files.read(path, KIND, VERSION)
         try:
-            with safe_open(str(path), framework="pt", device="cpu") as file:
-                head = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: truncated, or no safetensors file ({error})") from None
-        if head.get("format") != FORMAT or head.get("version") != str(VERSION):
-            got = f"{head.get('format')!r} version {head.get('version')}"
-            raise ValueError(f"{path}: a safetensors file, but its format is {got}, takes {FORMAT!r} version {VERSION}")
-        try:
-            meta = json.loads(head["inversion"])
             triggers = [
                 SyntheticTrigger(mask=mask, pattern=pattern, **row)
                 for row, mask, pattern in zip(meta.pop("triggers"), tensors["mask"], tensors["pattern"], strict=True)

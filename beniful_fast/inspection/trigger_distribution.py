@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..results import replacing
+from .. import files
 
-FORMAT, VERSION = "beniful_fast.TriggerDistribution", 1
+KIND, VERSION = "TriggerDistribution", 1
 CODE, CHUNKS = 64, 4  # numbers behind a trigger; each linear layer takes its own chunk of them
 POPULATION = 4096  # codes whose activations give the generators' final normalisation
 NEIGHBOUR, ENTROPY_SAMPLES = 3, 2048
@@ -246,10 +242,7 @@ class TriggerDistribution:
         """Writes all of it as one safetensors file, whole or not at all."""
         meta = {name: getattr(self, name) for name in ("target", "betas", "asr", "confidence", "image_shape")}
         meta |= {"rule": asdict(self.rule), "hidden": self.generators.hidden}
-        tensors = {name: value.contiguous() for name, value in self.generators.state_dict().items()}
-        with replacing(Path(path)) as temporary:
-            head = {"format": FORMAT, "version": str(VERSION), "distribution": json.dumps(meta)}
-            save_file({**tensors, "low": self.low, "high": self.high}, temporary, head)
+        files.write(path, KIND, VERSION, {**self.generators.state_dict(), "low": self.low, "high": self.high}, meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TriggerDistribution:
@@ -258,17 +251,8 @@ class TriggerDistribution:
         Raises:
             ValueError: the file is truncated or holds something else.
         """
+        tensors, meta = files.read(path, KIND, VERSION)
         try:
-            with safe_open(str(path), framework="pt", device="cpu") as file:
-                head = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: truncated, or no safetensors file ({error})") from None
-        if head.get("format") != FORMAT or head.get("version") != str(VERSION):
-            got = f"{head.get('format')!r} version {head.get('version')}"
-            raise ValueError(f"{path}: a safetensors file, but its format is {got}, takes {FORMAT!r} version {VERSION}")
-        try:
-            meta = json.loads(head["distribution"])
             place = meta["rule"]["place"]
             rule = Rule(**{**meta["rule"], "place": tuple(place) if isinstance(place, list) else place})
             low, high = tensors.pop("low"), tensors.pop("high")

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import files
 from ..batches import check_images
 from ..removal.data import read_images
-from ..results import replacing
 from .accountant import check_trained_on
 
-FORMAT, VERSION = "beniful_fast.ConvVAE", 1
+KIND, VERSION = "ConvVAE", 1
 LEAST_SIDE, GRID = 8, 4
 HELD_OUT, MINIMUM = 0.1, 20
 # A code dimension whose mean varies less than this over images tells nothing (Burda et al. 2016).
@@ -99,16 +97,8 @@ class ConvVAE(nn.Module):
         Raises:
             ValueError: `path` is a folder.
         """
-        from safetensors.torch import save as to_bytes
-
-        path = Path(path)
-        if path.is_dir():
-            raise ValueError(f"path: {path} is a folder, takes the name of a file to write, such as vae.safetensors")
         meta = {name: getattr(self, name) for name in ("image_shape", "latent", "width", "trained_on", "source")}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        payload = to_bytes(tensors, metadata={"format": FORMAT, "version": str(VERSION), "vae": json.dumps(meta)})
-        with replacing(path) as temporary:
-            temporary.write_bytes(payload)
+        files.write(path, KIND, VERSION, self.state_dict(), meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ConvVAE:
@@ -118,23 +108,8 @@ class ConvVAE(nn.Module):
             FileNotFoundError: no such file.
             ValueError: truncated, of another format or version, or inconsistent.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
+        tensors, meta = files.read(path, KIND, VERSION)
         try:
-            with safe_open(str(path), framework="pt", device="cpu") as file:
-                head = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path}: truncated, or no safetensors file ({error})") from None
-        if head.get("format") != FORMAT:
-            raise ValueError(f"{path}: a safetensors file, but no ConvVAE: its format is {head.get('format')!r}, takes {FORMAT!r}")
-        if head.get("version") != str(VERSION):
-            raise ValueError(f"{path}: version {head.get('version')} of the ConvVAE format, this release reads version {VERSION}")
-        try:
-            meta = json.loads(head["vae"])
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 vae = cls(meta["image_shape"], meta["latent"], meta["width"])
             vae.load_state_dict(tensors)

@@ -186,8 +186,8 @@ def test_broken_and_foreign_files_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="truncated, or no safetensors file"):
         TriggerDistribution.load(path)
     save_file({"a": torch.zeros(1)}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="its format is 'pt'"):
+    with pytest.raises(ValueError, match="but no TriggerDistribution: its format is 'pt'"):
         TriggerDistribution.load(path)
-    save_file({"a": torch.zeros(1)}, path, {"format": "beniful_fast.TriggerDistribution", "version": "1", "distribution": "{}"})
+    save_file({"a": torch.zeros(1)}, path, {"format": "beniful_fast.TriggerDistribution", "version": "1", "triggerdistribution": "{}"})
     with pytest.raises(ValueError, match="incomplete or inconsistent"):
         TriggerDistribution.load(path)
