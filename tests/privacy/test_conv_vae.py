@@ -92,7 +92,7 @@ def test_what_is_no_file_of_ours(tmp_path: Path) -> None:
         ConvVAE.load(file)
     for meta in ("{}", "nonsense", '{"image_shape": [1, 8, 8], "latent": 3, "width": 4, "trained_on": "public", "source": ""}'):
         save_file({"x": x}, file, {"format": "beniful_fast.ConvVAE", "version": "1", "convvae": meta})
-        with pytest.raises(ValueError, match="incomplete or inconsistent ConvVAE file|metadata can.t be read"):
+        with pytest.raises(ValueError, match=r"incomplete or inconsistent ConvVAE file|metadata can.t be read"):
             ConvVAE.load(file)
     with pytest.raises(FileNotFoundError):
         ConvVAE.load(tmp_path / "none.safetensors")
