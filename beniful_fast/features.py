@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .logits import find_logits
 from .quiet import quiet
 
+PEAKS = "peaks of "
 _NAME = re.compile(r"^(?P<module>.*?)(?:#(?P<call>[1-9]\d*))?(?P<input>:input)?$")
-_LOGITS = ("logits", "logit", "scores", "output", "out", "pred", "prediction")
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class Layer:
 
 @dataclass
 class Tapped:
-    """One forward pass: `features` {layer name: (N, C) float32}, `logits` (N, K), `output` as the model returned it."""
+    """One forward pass: `features` {layer name: (N, C) float32}, `logits` (N, K), `output` as the model returned it, `peaks` (N, P)."""
 
     features: dict[str, Tensor]
     logits: Tensor
     output: Any
+    peaks: Tensor | None = None
 
     @property
     def joined(self) -> Tensor:
@@ -65,63 +67,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def find_logits(output: Any, n: int) -> Tensor:
-    """The logits (N, K) in what a model returned: a tensor, a dict, a dataclass-like object with `.logits`, or a tuple.
-
-    (N, K, 1, 1) counts as (N, K), and (N,) as the single logit of a binary classifier. In a dict the key "logits" wins, else the only
-    floating (N, K) tensor; in a tuple or list the first.
-
-    Raises:
-        TypeError: there are none.
-    """
-
-    def usable(value: Any) -> Tensor | None:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0 or value.shape[0] != n:
-            return None
-        if value.dim() == 1:
-            return value[:, None]
-        flat = value.flatten(1)
-        return flat if flat.shape[1] == value.shape[1] and flat.shape[1] else None
-
-    def fail(what: str) -> TypeError:
-        takes = "a tensor (N, classes), a dict or an object with `logits`, or a tuple that holds them"
-        return TypeError(
-            f"model: returned {what}, in which no logits (N, classes) for {n} images are found; takes a model that returns {takes}"
-        )
-
-    if isinstance(output, Tensor):
-        found = usable(output)
-        if found is None:
-            raise fail(f"a {output.dtype} tensor of shape {tuple(output.shape)}")
-        return found
-    if isinstance(output, Mapping):
-        for key in _LOGITS:
-            if key in output and (found := usable(output[key])) is not None:
-                return found
-        many = [found for value in output.values() if (found := usable(value)) is not None]
-        if len(many) == 1:
-            return many[0]
-        raise fail(f"a {type(output).__name__} with keys {sorted(map(str, output))}")
-    if (found := usable(getattr(output, "logits", None))) is not None:
-        return found
-    if isinstance(output, Sequence):
-        # A loss comes before the logits in some tuples; it has no rows.
-        for value in output:
-            if (found := usable(value)) is not None:
-                return found
-    raise fail(f"a {type(output).__name__}")
-
-
-def two_logits(logits: Tensor) -> Tensor:
-    """(N, K) logits with K >= 2: a single logit z of a binary classifier becomes (0, z), which keeps its probabilities."""
-    return logits if logits.shape[1] > 1 else torch.cat([torch.zeros_like(logits), logits], 1)
-
-
-def predicted(logits: Tensor) -> Tensor:
-    """(N,) int64 classes of logits (N, K); a single logit means class 1 above 0."""
-    return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
-
-
 def channel_last(module: nn.Module, value: Tensor, is_input: bool) -> bool:
     """Whether the channels are the last dimension of a map.
 
@@ -146,6 +91,19 @@ def pool(value: Tensor, last: bool) -> Tensor:
         return value.to(torch.float32, copy=True)
     dims = list(range(1, value.dim() - 1)) if last else list(range(2, value.dim()))
     return value.mean(dims, dtype=torch.float32)
+
+
+def peak(value: Tensor, last: bool) -> Tensor:
+    """(N, ...) map to (N, C) float32: each channel's largest value over all positions, in memory of its own."""
+    value = value.detach()
+    return value.amax(list(range(1, value.dim() - 1)) if last else list(range(2, value.dim()))).float()
+
+
+def _is_map(module: nn.Module, value: Tensor | None, n: int) -> bool:
+    """Whether a module's output holds channels over several positions of an image."""
+    if value is None or value.dim() != 4 or value.shape[0] != n or not value.is_floating_point():
+        return False
+    return (value[0, ..., 0] if channel_last(module, value, False) else value[0, 0]).numel() > 1
 
 
 def _first_tensor(value: Any) -> Tensor | None:
@@ -185,16 +143,21 @@ class FeatureTap:
     The model runs in eval mode without gradients; afterwards the mode of each submodule, the buffers and the grad mode are as before.
     torch.compile and DataParallel wrappers are taken off: features come from the plain module inside.
 
+    Peaks are each channel's maximum over the positions of a map: a small trigger moves the mean of a channel little and its maximum much.
+    They are taken of the layers that are maps; for others, such as the input of a head behind pooling, of the last map before them; not of
+    tokens, nor of what a transformer cut them from, whose peaks would tell odd pixels and nothing of the model.
+
     Args:
         model: any nn.Module that takes a batch of images as its first argument.
         layer: None, a name, or several names.
+        peaks: take them too; or the names of the maps, as `peak_layers` gave them.
 
     Raises:
         ValueError: an unknown name; the error lists near matches.
         TypeError: no nn.Module, or TorchScript, whose submodules take no hooks.
     """
 
-    def __init__(self, model: nn.Module, layer: str | Sequence[str] | None = None) -> None:
+    def __init__(self, model: nn.Module, layer: str | Sequence[str] | None = None, *, peaks: bool | Sequence[str] = False) -> None:
         self.model = unwrap(model)
         self.notes: list[str] = []
         self._modules = dict(self.model.named_modules(remove_duplicate=False))
@@ -209,6 +172,8 @@ class FeatureTap:
             parsed = self._parse(name)
             if parsed not in self._layers:
                 self._layers.append(parsed)
+        self._find_peaks = peaks is True
+        self._maps: list[Layer] = [] if isinstance(peaks, bool) else [self._parse(name) for name in peaks]
 
     def _parse(self, name: str) -> Layer:
         match = _NAME.match(name)
@@ -230,6 +195,11 @@ class FeatureTap:
         """The names of the tapped layers; empty until a default tap has been resolved by a first pass."""
         return tuple(map(str, self._layers))
 
+    @property
+    def peak_layers(self) -> tuple[str, ...]:
+        """The names of the maps whose peaks are taken; empty where there are none, and until they have been found by a first pass."""
+        return tuple(map(str, self._maps))
+
     def module(self, layer: str) -> nn.Module:
         """The module that a layer name names."""
         return self._modules[self._parse(layer).module]
@@ -246,6 +216,8 @@ class FeatureTap:
         """
         heads: list[tuple[str, int]] = []
         calls: dict[str, int] = {}
+        maps: list[Layer | None] = []  # as they are computed; None where tokens are, from which on maps before are too early to score
+        maps_before: dict[Layer, int] = {}
         first_names: dict[nn.Module, str] = {}
         for name, module in self._modules.items():
             first_names.setdefault(module, name)
@@ -253,11 +225,23 @@ class FeatureTap:
         def count(module: nn.Module, args: Any) -> None:
             name = first_names[module]
             calls[name] = calls.get(name, 0) + 1
+            maps_before[Layer(name, True, calls[name])] = len(maps)
             pointwise = isinstance(module, nn.Conv2d) and all(k == 1 for k in module.kernel_size) and module.groups == 1
             if isinstance(module, nn.Linear) or pointwise:
                 heads.append((name, calls[name]))
 
-        handles = [module.register_forward_pre_hook(count) for module in first_names if not isinstance(module, torch.jit.ScriptModule)]
+        def note_map(module: nn.Module, args: Any, output: Any) -> None:
+            layer = Layer(first_names[module], False, calls[first_names[module]])
+            tensor = _first_tensor(output)
+            if tensor is not None and tensor.dim() == 3 and tensor.shape[0] == len(x):
+                maps.append(None)
+            elif _is_map(module, tensor, len(x)):
+                maps.append(layer)
+            maps_before[layer] = len(maps)
+
+        hookable = [module for module in first_names if not isinstance(module, torch.jit.ScriptModule)]
+        handles = [module.register_forward_pre_hook(count) for module in hookable]
+        handles += [module.register_forward_hook(note_map) for module in hookable]
         try:
             with self.quiet():
                 find_logits(self.model(x), len(x))
@@ -283,24 +267,30 @@ class FeatureTap:
             if layer.call is None and ran > 1:
                 self._layers[i] = Layer(layer.module, layer.input, ran)
                 self.notes.append(f"{layer.module!r} runs {ran} times in a forward pass: its last call is tapped, {str(self._layers[i])!r}")
+        if self._find_peaks:
+            for layer in self._layers:
+                name = first_names[self._modules[layer.module]]
+                found = maps[: maps_before.get(Layer(name, layer.input, layer.call or 1), 0)][-1:]
+                self._maps += [each if calls[each.module] > 1 else Layer(each.module) for each in found if each is not None]
+            self._maps = list(dict.fromkeys(self._maps))
+            self.notes += [f"peaks are taken of {name!r}" for name in self.peak_layers]
         self._resolved = True
         return self.layers
 
     @contextmanager
     def hooked(self, found: dict[str, Tensor], n: int) -> Iterator[None]:
-        """Within it each forward pass over `n` images writes the layers' pooled features into `found`."""
+        """Within it each forward pass over `n` images writes the layers' pooled features into `found`, and peaks as "peaks of <layer>"."""
         handles = []
         try:
-            for layer in self._layers:
-                module = self._modules[layer.module]
-                handles.append(self._hook(layer, module, found, n))
+            handles += [self._hook(layer, str(layer), pool, found, n) for layer in self._layers]
+            handles += [self._hook(layer, f"{PEAKS}{layer}", peak, found, n) for layer in self._maps]
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, layer: Layer, module: nn.Module, found: dict[str, Tensor], n: int) -> Any:
-        name, calls = str(layer), 0
+    def _hook(self, layer: Layer, key: str, reduce: Callable[[Tensor, bool], Tensor], found: dict[str, Tensor], n: int) -> Any:
+        module, calls = self._modules[layer.module], 0
 
         def take(value: Any) -> None:
             nonlocal calls
@@ -310,8 +300,10 @@ class FeatureTap:
             tensor = _first_tensor(value)
             if tensor is None or tensor.dim() < 2 or tensor.shape[0] != n or not tensor.is_floating_point():
                 got = type(value).__name__ if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-                raise ValueError(f"layer: {name!r} gives {got}, takes floating-point features whose first dimension is the batch of {n}")
-            found[name] = pool(tensor, channel_last(module, tensor, layer.input))
+                raise ValueError(
+                    f"layer: {str(layer)!r} gives {got}, takes floating-point features whose first dimension is the batch of {n}"
+                )
+            found[key] = reduce(tensor, channel_last(module, tensor, layer.input))
 
         if layer.input:
             return module.register_forward_pre_hook(lambda _, args, kwargs: take(args if args else kwargs), with_kwargs=True)
@@ -322,16 +314,18 @@ class FeatureTap:
         found: dict[str, Tensor] = {}
         with self.hooked(found, len(x)):
             output = self.model(x)
-        missing = [name for name in self.layers if name not in found]
+        maps = [f"{PEAKS}{name}" for name in self.peak_layers]
+        missing = [name for name in (*self.layers, *maps) if name not in found]
         if missing:
             raise ValueError(f"layer: {missing[0]!r} did not run in the forward pass")
-        return Tapped({name: found[name] for name in self.layers}, find_logits(output, len(x)), output)
+        peaks = torch.cat([found[name] for name in maps], 1) if maps else None
+        return Tapped({name: found[name] for name in self.layers}, find_logits(output, len(x)), output, peaks)
 
     def __call__(self, x: Tensor) -> Tapped:
         """One forward pass over a batch (N, ...).
 
         Returns:
-            `Tapped`: features {layer: (N, C) float32}, logits (N, K), and the model's own output.
+            `Tapped`: features {layer: (N, C) float32}, logits (N, K), the model's own output, and peaks (N, P) if asked for.
         """
         if not self._resolved:
             self.resolve(x[:2])

@@ -18,7 +18,7 @@ from .quiet import bytes_of
 if TYPE_CHECKING:
     from .screening import Screener
 
-KIND, VERSION = "Screener", 1
+KIND, VERSION = "Screener", 2
 OPTIONS = (
     "reconstruct",
     "fpr",
@@ -75,12 +75,14 @@ def save(screener: Screener, path: Path) -> None:
     tensors = {"calibration.scores": screener.calibration.scores}
     if screener.calibration.classes is not None:
         tensors["calibration.classes"] = screener.calibration.classes
-    for prefix, module in (("vae", screener._vae), ("gaussians", screener._gaussians)):
+    gaussians = {f"gaussians.{part}": module for part, module in screener._gaussians.items()}
+    for prefix, module in {"vae": screener._vae, **gaussians}.items():
         if module is not None:
             tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
     meta = {
         "options": {name: getattr(screener, name) for name in OPTIONS} | {"score": screener.score_kind},
         "layers": list(screener.layers),
+        "peak_layers": list(screener._tap.peak_layers),
         "architecture": architecture(screener.model),
         "weights_hash": screener.weights_hash,
         "r2": None if math.isnan(screener.r2) else screener.r2,
@@ -102,7 +104,7 @@ def load(
 ) -> Screener:
     """See `Screener.load`."""
     from .calibration import Calibration
-    from .features import unwrap
+    from .features import FeatureTap, unwrap
     from .scores import ClassGaussians
     from .vae import FeatureVAE, ImageVAE
 
@@ -127,6 +129,7 @@ def load(
                 "or pass allow_other_weights=True, and its calibration promises nothing"
             )
         screener = kind(model, layers, device=device, **options)
+        screener._tap = FeatureTap(screener.model, layers, peaks=meta["peak_layers"])
         with torch.device("cpu"):
             if meta["image_shape"]:
                 vae: FeatureVAE = ImageVAE(len(tensors["vae.mean"]), meta["image_shape"], meta["hidden"], meta["code"])
@@ -134,11 +137,13 @@ def load(
                 vae = FeatureVAE(len(tensors["vae.mean"]), meta["hidden"], meta["code"])
         vae.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("vae.")})
         screener._vae = vae.float().to(screener.device).eval().requires_grad_(False)
-        if "gaussians.means" in tensors:
-            with torch.device("cpu"):
-                gaussians = ClassGaussians(tensors["gaussians.means"].shape[1], tensors["gaussians.means"].shape[0])
-            gaussians.load_state_dict({name[10:]: value for name, value in tensors.items() if name.startswith("gaussians.")})
-            screener._gaussians = gaussians.to(screener.device)
+        for part in ("z", "peaks"):
+            state = {name.rsplit(".", 1)[1]: value for name, value in tensors.items() if name.startswith(f"gaussians.{part}.")}
+            if state:
+                with torch.device("cpu"):
+                    gaussians = ClassGaussians(state["means"].shape[1], state["means"].shape[0])
+                gaussians.load_state_dict(state)
+                screener._gaussians[part] = gaussians.to(screener.device)
         screener.r2 = math.nan if meta["r2"] is None else meta["r2"]
         screener.n_fit, screener.n_classes, screener.weight = meta["n_fit"], meta["n_classes"], meta["weight"]
         screener._consistent_by, screener.consistency_note = meta["consistent_by"], meta["consistency_note"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .features import FeatureTap, Tapped, find_logits, predicted
+from .features import FeatureTap, Tapped
+from .logits import find_logits, predicted
 from .ops import reconstruction_distance, vae_reconstruction_distance
 from .scores import ClassGaussians, beniful_score, norm_score, softmax_score
 from .vae import FeatureVAE, ImageVAE
@@ -23,7 +24,19 @@ MICRO_BATCH_GPU = 512
 READ_BATCH = 512
 AGREEMENT = 0.99
 
-Raw = tuple[Tensor, ...]
+
+class Raw(NamedTuple):
+    """What is kept of images after their forward pass: (N, D) features, (N,) classes, and what the score needs of the rest."""
+
+    z: Tensor
+    classes: Tensor
+    peaks: Tensor | None = None
+    odds: Tensor | None = None
+    distance: Tensor | None = None
+    consistent: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Raw:
+        return Raw._make(None if part is None else part[index] for part in self)
 
 
 class Pipeline:
@@ -32,7 +45,7 @@ class Pipeline:
     _tap: FeatureTap
     _dtype: torch.dtype
     _vae: FeatureVAE | None
-    _gaussians: ClassGaussians | None
+    _gaussians: dict[str, ClassGaussians]
     _consistent_by: str | None
     model: nn.Module
     device: torch.device
@@ -83,18 +96,20 @@ class Pipeline:
             return predicted(find_logits(self.model(x), len(x)))
 
     def _forward(self, x: Tensor) -> Raw:
-        """One micro-batch: features (N, D), predictions (N,), then what can't wait: softmax score, or distance and consistency."""
+        """One micro-batch: features, predictions, and what can't wait."""
         x = self._prepare(x)
         out = self._tapped(x)
         z, classes = out.joined, predicted(out.logits)
         self.n_classes = max(out.logits.shape[1], 2)
+        raw = Raw(z, classes, out.peaks)
         if self.score_kind == "softmax":
-            return z, classes, softmax_score(out.logits)
+            return raw._replace(odds=softmax_score(out.logits))
         if self._vae is None or self._consistent_by not in ("image", "second forward"):
-            return z, classes
-        return z, classes, *self._second(x, z, out, classes)
+            return raw
+        distance, consistent = self._second(x, z, out, classes)
+        return raw._replace(distance=distance, consistent=consistent)
 
-    def _second(self, x: Tensor, z: Tensor, out: Tapped, classes: Tensor) -> Raw:
+    def _second(self, x: Tensor, z: Tensor, out: Tapped, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Distance and consistency (both (N,)) that need the images."""
         vae = self._vae
         assert vae is not None
@@ -122,28 +137,22 @@ class Pipeline:
 
     def _finish(self, raw: Raw) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scores, predictions and consistency, on the device, of the joined raw values of some thousand rows."""
-        z, classes = raw[:2]
-        vae = self._vae
+        z, classes, vae = raw.z, raw.classes, self._vae
         if self.score_kind == "softmax":
-            return raw[2], classes, None
+            assert raw.odds is not None
+            return raw.odds, classes, None
         assert vae is not None
         if self.score_kind == "norm":
             return norm_score(vae.standardize(z)), classes, None
+        beside = [gaussians(getattr(raw, part), classes) for part, gaussians in self._gaussians.items()]
         if self.score_kind == "mahalanobis":
-            assert self._gaussians is not None
-            return self._gaussians(vae.standardize(z), classes), classes, None
-        beside = None
-        if self.score_kind == "combined" and self._gaussians is not None:
-            beside = self._gaussians(vae.standardize(z), classes).sqrt()
-        if len(raw) == 4:
-            consistent = raw[3] if self._consistent_by else None
-            if self.consistency is False:
-                consistent = None
-            return beniful_score(raw[2], consistent, self.weight, beside), classes, consistent
-        consistent = None
+            return beside[0], classes, None
+        distance, consistent = raw.distance, raw.consistent if self._consistent_by and self.consistency is not False else None
+        if distance is None:
+            distance = vae_reconstruction_distance(z, vae)
         if self._consistent_by == "head":
             consistent = self._head(vae(z) * vae.std + vae.mean) == classes
-        return beniful_score(vae_reconstruction_distance(z, vae), consistent, self.weight, beside), classes, consistent
+        return beniful_score(distance, consistent, self.weight, beside), classes, consistent
 
     def _choose_consistency(self, z: Tensor, classes: Tensor) -> tuple[str | None, str]:
         """How consistency is computed, and if it is not, why."""
@@ -166,4 +175,4 @@ class Pipeline:
 
 def join(parts: list[Raw]) -> Raw:
     """The columns of several micro-batches, each as one tensor."""
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return parts[0] if len(parts) == 1 else Raw._make(None if c[0] is None else torch.cat(c) for c in zip(*parts, strict=True))

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 SCORES = ("combined", "beniful", "mahalanobis", "norm", "softmax")
 
 
-def beniful_score(distance: Tensor, consistent: Tensor | None, weight: float, beside: Tensor | None = None) -> Tensor:
-    """s = log d + w [inconsistent] (+ log m), one score of all parts, so that calibrating it keeps the false-positive rate.
+def beniful_score(distance: Tensor, consistent: Tensor | None, weight: float, beside: Sequence[Tensor] = ()) -> Tensor:
+    """s = log d + w [inconsistent] + the log of each distance beside d: one score, so that calibrating it keeps the false-positive rate.
 
     Args:
         distance: (N,) reconstruction distances d >= 0; 0 counts as the smallest positive number, NaN stays NaN.
         consistent: (N,) bool, or None to leave inference consistency out.
         weight: w, the interquartile range of log d on the fit half.
-        beside: (N,) another distance m >= 0 that counts as much, or None.
+        beside: other squared distances (N,) >= 0, which count as much each.
 
     Returns:
         (N,) float32.
     """
-    parts = [value.float().clamp_min(torch.finfo(torch.float32).tiny).log() for value in (distance, beside) if value is not None]
-    s = parts[0] if beside is None else parts[0] + parts[1]
+    parts = [value.float().clamp_min(torch.finfo(torch.float32).tiny).log() for value in (distance, *beside)]
+    s = torch.stack(parts).sum(0)
     return s if consistent is None else s + weight * (~consistent).to(s.dtype)
 
 
@@ -50,7 +52,13 @@ def softmax_score(logits: Tensor) -> Tensor:
     return top - others.logsumexp(1) if logits.shape[1] > 1 else top.abs()
 
 
-def typical(t: Tensor, predictions: Tensor, n_classes: int, share: float, rounds: int = 3) -> Tensor:
+def spread(z: Tensor) -> Tensor:
+    """(D,) standard deviations of features (N, D), those of nearly constant channels raised so that dividing by them stays sane."""
+    std = z.std(0)
+    return std + 1e-3 * std.mean() + 1e-6
+
+
+def typical(z: Tensor, predictions: Tensor, n_classes: int, share: float, rounds: int = 3) -> Tensor:
     """Which samples to fit on when some of them may be triggered: all but the farthest of their predicted class.
 
     Concentration steps, as in FAST-MCD (Rousseeuw and Van Driessen 1999): the Mahalanobis distance is fitted on the samples that are kept,
@@ -58,7 +66,7 @@ def typical(t: Tensor, predictions: Tensor, n_classes: int, share: float, rounds
     triggered images lie close together, and a fit that begins with them learns them.
 
     Args:
-        t: (N, D) standardised features.
+        z: (N, D) features.
         predictions: (N,) predicted classes.
         n_classes: how many there are.
         share: to leave out.
@@ -67,6 +75,7 @@ def typical(t: Tensor, predictions: Tensor, n_classes: int, share: float, rounds
     Returns:
         (N,) bool, True = fit on it.
     """
+    t = (z - z.mean(0)) / spread(z)
     distance = torch.empty(len(t), dtype=t.dtype, device=t.device)
     for k in predictions.unique().tolist():
         mine = predictions == k
@@ -84,8 +93,8 @@ def typical(t: Tensor, predictions: Tensor, n_classes: int, share: float, rounds
 class ClassGaussians(nn.Module):
     """Class-conditional Mahalanobis distance: a mean for each *predicted* class, one shared covariance (Lee et al. 2018).
 
-    Labels are not needed. A class without fit images uses the mean of all. The covariance is shrunk towards a multiple of the identity,
-    because channels that are dead on clean data would make it singular.
+    Labels are not needed. A class without fit images uses the mean of all. The covariance of the standardised features is shrunk towards a
+    multiple of the identity, because channels that are dead on clean data would make it singular.
     """
 
     means: Tensor
@@ -96,9 +105,11 @@ class ClassGaussians(nn.Module):
         self.register_buffer("means", torch.zeros(n_classes, dim, dtype=torch.float32))
         self.register_buffer("whiten", torch.eye(dim, dtype=torch.float32))
 
-    def fit(self, t: Tensor, predictions: Tensor, shrinkage: float = 0.01) -> ClassGaussians:
-        """Takes standardised features (N, D) and predicted classes (N,)."""
-        t = t.double()
+    def fit(self, z: Tensor, predictions: Tensor, shrinkage: float = 0.01) -> ClassGaussians:
+        """Takes features (N, D) and predicted classes (N,)."""
+        z = z.double()
+        mean, std = z.mean(0), spread(z)
+        t = (z - mean) / std
         n, dim = t.shape
         k = self.means.shape[0]
         counts = torch.bincount(predictions, minlength=k)
@@ -110,10 +121,10 @@ class ClassGaussians(nn.Module):
         covariance = (1 - shrinkage) * covariance + shrinkage * scale * torch.eye(dim, dtype=t.dtype, device=t.device)
         factor = torch.linalg.cholesky(covariance)
         inverse = torch.linalg.solve_triangular(factor, torch.eye(dim, dtype=t.dtype, device=t.device), upper=False)
-        self.means.copy_(means)
-        self.whiten.copy_(inverse)
+        self.means.copy_(mean + std * means)
+        self.whiten.copy_(inverse / std)
         return self
 
-    def forward(self, t: Tensor, predictions: Tensor) -> Tensor:
+    def forward(self, z: Tensor, predictions: Tensor) -> Tensor:
         """(N,) squared Mahalanobis distance to the predicted class's mean, divided by D."""
-        return ((t - self.means[predictions]) @ self.whiten.T).square().mean(1)
+        return ((z - self.means[predictions]) @ self.whiten.T).square().mean(1)

@@ -104,12 +104,13 @@ class Screener(Pipeline):
                 raise ValueError(f"{name}: got {number}, takes a positive number")
         if reconstruct == "images" and score not in ("combined", "beniful"):
             raise ValueError(f"score: got {score!r} with reconstruct='images', takes 'combined' or 'beniful'; baselines work on features")
-        tap = FeatureTap(model, layer)
+        peaks = score == "combined"
+        tap = FeatureTap(model, layer, peaks=peaks)
         weight = next((p for p in tap.model.parameters() if p.is_floating_point()), None)
         home = torch.device("cpu") if weight is None else weight.device
         self.device = home if device is None else torch.device(device)
         if self.device.type != home.type or (self.device.index is not None and self.device != home):
-            tap = FeatureTap(copy.deepcopy(tap.model).to(self.device), layer)
+            tap = FeatureTap(copy.deepcopy(tap.model).to(self.device), layer, peaks=peaks)
         self._tap = tap
         self._dtype = torch.float32 if weight is None else weight.dtype
         self.model = tap.model
@@ -126,7 +127,7 @@ class Screener(Pipeline):
         self.weights_hash = ""
         self._consistent_by: str | None = None
         self._vae: FeatureVAE | None = None
-        self._gaussians: ClassGaussians | None = None
+        self._gaussians: dict[str, ClassGaussians] = {}
         self._calibration: Calibration | None = None
 
     # What a user asks for.
@@ -156,8 +157,8 @@ class Screener(Pipeline):
     def _fit(self, clean: Any, calibration: Any) -> Screener:
         keep = self.reconstruct == "images" or bool(self.consistency)
         raw, images = self._collect(clean, "clean", keep)
-        n = len(raw[0])
-        self._refuse_nan(raw[0], "clean")
+        n = len(raw.z)
+        self._refuse_nan(raw, "clean")
         if calibration is None:
             needed = self._needed()
             if n - n // 2 < needed or n // 2 < MINIMUM:
@@ -168,16 +169,16 @@ class Screener(Pipeline):
                 )
             order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed), device="cpu").to(raw[0].device)
             rows, held = order[: n // 2], order[n // 2 :]
-            fit_raw, held_raw = tuple(part[rows] for part in raw), tuple(part[held] for part in raw)
+            fit_raw, held_raw = raw.rows(rows), raw.rows(held)
             fit_images, held_images = (None, None) if images is None else (images[rows.cpu()], images[held.cpu()])
         else:
             if n < MINIMUM:
                 raise ValueError(f"clean: got {n} images, takes at least {MINIMUM}")
             fit_raw, fit_images = raw, images
             held_raw, held_images = self._collect(calibration, "calibration", keep)
-            self._refuse_nan(held_raw[0], "calibration")
-            check_count(len(held_raw[0]), self.fpr, self.guarantee, self.delta, self.two_sided)
-        self.n_fit = len(fit_raw[0])
+            self._refuse_nan(held_raw, "calibration")
+            check_count(len(held_raw.z), self.fpr, self.guarantee, self.delta, self.two_sided)
+        self.n_fit = len(fit_raw.z)
         self._learn(fit_raw, fit_images)
         held_scores, held_predictions, _ = self._from_cache(held_raw, held_images)
         self._calibrate(held_scores, held_predictions)
@@ -317,29 +318,28 @@ class Screener(Pipeline):
             raise ValueError(f"{name}: got no images; the loader, dataset or tensor is empty")
         return join(parts), torch.cat(kept) if keep else None
 
-    def _refuse_nan(self, z: Tensor, name: str) -> None:
-        bad = int((~z.isfinite()).any(1).sum())
+    def _refuse_nan(self, raw: Raw, name: str) -> None:
+        wrong = (~raw.z.isfinite()).any(1)
+        if raw.peaks is not None:
+            wrong |= (~raw.peaks.isfinite()).any(1)
+        bad = int(wrong.sum())
         if bad:
-            what = f"{bad} of {len(z)} images give NaN or infinite features at layer {self.layer!r}"
+            what = f"{bad} of {len(raw.z)} images give NaN or infinite features at layer {self.layer!r}"
             raise ValueError(f"{name}: {what}; remove or repair them")
 
     def _learn(self, raw: Raw, images: Tensor | None) -> None:
         """Everything that is fitted, from the fit half alone."""
-        z, classes = raw[:2]
-        self._vae = self._gaussians = self._consistent_by = None
+        z, classes = raw.z, raw.classes
+        self._vae = self._consistent_by = None
+        self._gaussians = {}
         self.r2 = math.nan
-        if int((classes == classes[0]).sum()) == len(classes):
-            warnings.warn(
-                f"the model predicts class {int(classes[0])} for all {len(classes)} fit images: give clean images of every class",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+        doubts = []
+        if bool((classes == classes[0]).all()):
+            doubts.append(f"the model predicts class {int(classes[0])} for all {len(classes)} fit images: give clean images of every class")
         if bool((z == z[0]).all()):
-            warnings.warn(
-                f"layer {self.layer!r} gives the same features for all {len(z)} fit images: it can't tell inputs apart",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            doubts.append(f"layer {self.layer!r} gives the same features for all {len(z)} fit images: it can't tell inputs apart")
+        for doubt in doubts:
+            warnings.warn(doubt, RuntimeWarning, stacklevel=4)
         if self.score_kind not in ("combined", "beniful"):
             self.consistency_note = f"score={self.score_kind!r} does not use it"
             # Only its standardisation is used; its random weights must not move the caller's random state.
@@ -347,9 +347,9 @@ class Screener(Pipeline):
                 self._vae = FeatureVAE(z.shape[1], 1, 1).eval().requires_grad_(False)
                 self._vae.set_standardization(z)
                 if self.score_kind == "mahalanobis":
-                    self._gaussians = self._fit_gaussians(z, classes, self._without_outliers(z, classes))
+                    self._fit_gaussians(raw, self._without_outliers(raw))
             return
-        keep = self._without_outliers(z, classes)
+        keep = self._without_outliers(raw)
         if self.reconstruct == "images":
             assert images is not None
             self._vae, self.r2 = fit_image_vae(z[keep], images.to(z.device)[keep], latent=self.latent, seed=self.seed)
@@ -361,27 +361,31 @@ class Screener(Pipeline):
         self.weight = 0.0
         log_d, _, _ = self._from_cache(raw, images)
         self.weight = iqr(log_d)
-        if self.score_kind == "combined" and int(keep.sum()) >= ROWS_PER_FEATURE * z.shape[1]:
-            with torch.device(z.device), torch.no_grad():
-                self._gaussians = self._fit_gaussians(z, classes, keep)
-        elif self.score_kind == "combined":
-            self.notes.append(f"{NO_COVARIANCE}: {len(z)} fit images are too few for the covariance of {z.shape[1]} features")
+        if self.score_kind == "combined":
+            self._fit_gaussians(raw, keep)
 
-    def _fit_gaussians(self, z: Tensor, classes: Tensor, keep: Tensor) -> ClassGaussians:
-        assert self._vae is not None
-        return ClassGaussians(z.shape[1], self.n_classes).fit(self._vae.standardize(z[keep]), classes[keep])
+    def _fit_gaussians(self, raw: Raw, keep: Tensor) -> None:
+        for part in ("z", "peaks"):
+            values = getattr(raw, part)
+            if values is None:
+                continue
+            if self.score_kind == "combined" and int(keep.sum()) < ROWS_PER_FEATURE * values.shape[1]:
+                what = "features" if part == "z" else "peaks"
+                self.notes.append(f"{NO_COVARIANCE}: {len(keep)} fit images are too few for the covariance of {values.shape[1]} {what}")
+                continue
+            with torch.device(values.device), torch.no_grad():
+                self._gaussians[part] = ClassGaussians(values.shape[1], self.n_classes).fit(values[keep], raw.classes[keep])
 
-    def _without_outliers(self, z: Tensor, classes: Tensor) -> Tensor:
+    def _without_outliers(self, raw: Raw) -> Tensor:
         """Rows of the fit half to fit on. The calibration half keeps all its images, so the false-positive rate is not touched."""
         self.notes[:] = [note for note in self.notes if not note.startswith((OUTLIERS, NO_COVARIANCE))]
-        keep = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        count = int(TRIM * len(z))
-        if count and len(z) >= ROWS_PER_FEATURE * z.shape[1]:
-            std = z.std(0)
-            keep = typical((z - z.mean(0)) / (std + 1e-3 * std.mean() + 1e-6), classes, self.n_classes, TRIM)
-            self.notes.append(
-                f"{OUTLIERS}{count} of {len(z)} fit images, the farthest of their class: clean sets may hold triggered images"
-            )
+        n = len(raw.z)
+        keep = torch.ones(n, dtype=torch.bool, device=raw.z.device)
+        for values in (raw.z, raw.peaks):
+            if values is not None and int(TRIM * n) and n >= ROWS_PER_FEATURE * values.shape[1]:
+                keep &= typical(values, raw.classes, self.n_classes, TRIM)
+        if count := n - int(keep.sum()):
+            self.notes.append(f"{OUTLIERS}{count} of {n} fit images, the farthest of their class: clean sets may hold triggered images")
         return keep
 
     def _from_cache(self, raw: Raw, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from beniful_fast.features import FeatureTap, channel_last, find_logits, pool
+from beniful_fast.features import FeatureTap, channel_last, peak, pool
+from beniful_fast.logits import find_logits
 
 from .models import ConvHead, Plain, Returns, SmallNet, Tokens, images, seeded
 
@@ -94,6 +95,56 @@ def test_a_module_that_runs_twice():
     torch.testing.assert_close(first, model.bn1(model.conv1(x)).relu().mean((2, 3)))
     with pytest.raises(ValueError, match="asks for call 3, but 'relu' runs 2"):
         FeatureTap(model, "relu#3")(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "maps"),
+    [
+        (SmallNet, None, ("relu#2",)),
+        (SmallNet, "bn1", ("bn1",)),
+        (SmallNet, "conv2:input", ("relu#1",)),
+        (SmallNet, ["bn1", "fc:input", "relu#2"], ("bn1", "relu#2")),
+        (ConvHead, None, ("body",)),
+        (Tokens, None, ()),
+        (Tokens, "patch", ("patch",)),
+        (Plain, None, ()),
+    ],
+)
+def test_peaks_are_taken_of_the_last_map_before_the_layer(make, layer, maps):
+    model = seeded(make)
+    x = images(3, size=2) if make is Plain else images(3)
+    tap = FeatureTap(model, layer, peaks=True)
+    out = tap(x)
+    assert tap.peak_layers == maps
+    assert FeatureTap(model, layer)(x).peaks is None
+    if not maps:
+        assert out.peaks is None
+        return
+    again = FeatureTap(model, list(tap.layers), peaks=tap.peak_layers)(x)
+    assert torch.equal(out.peaks, again.peaks)
+    assert set(again.features) == set(out.features)
+    assert not hooks(model)
+
+
+def test_peaks_are_each_channels_maximum():
+    model, x = seeded(SmallNet), images(4)
+    relu1 = model.bn1(model.conv1(x)).relu()
+    relu2 = model.bn2(model.conv2(relu1)).relu()
+    out = FeatureTap(model, peaks=True)(x)
+    torch.testing.assert_close(out.peaks, relu2.amax((2, 3)))
+    torch.testing.assert_close(FeatureTap(model, ["relu#1", "bn2"], peaks=True)(x).peaks[:, :8], relu1.amax((2, 3)))
+    assert out.peaks.dtype == torch.float32
+    swin = torch.randn(2, 4, 4, 10)
+    torch.testing.assert_close(peak(swin, True), swin.amax((1, 2)))
+    assert peak(torch.full((1, 2, 3, 3), float("nan")), False).isnan().all()
+
+
+def test_a_single_position_has_no_peaks():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2))
+    tap = FeatureTap(model, peaks=True)
+    assert tap(images(2)).peaks.shape == (2, 5)
+    assert tap.peak_layers == ("0",)
+    assert any("peaks are taken of '0'" in note for note in tap.notes)
 
 
 def test_several_layers_side_by_side():

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import find_logits, predicted
-from ..pipeline import Raw
+from ..logits import find_logits, predicted, two_logits
 from ..scores import SCORES
 from ..screening import Screener
-from .metrics import Inference
+from .metrics import Columns, Inference
 
 # Interpolation, as in WaNet's warp, rounds a little past white.
 PIXEL_SLACK = 1e-3
@@ -198,7 +197,7 @@ class Strip(Detector):
     def _score(self, images: Any) -> Tensor:
         added = self._added.to(self._inference.device)
 
-        def score(x: Tensor) -> Raw:
+        def score(x: Tensor) -> Columns:
             if x.shape[1:] != added.shape[1:]:
                 raise ValueError(f"images: got size {tuple(x.shape[1:])}, takes that of the clean images, {tuple(added.shape[1:])}")
             total = torch.zeros(len(x), device=x.device)
@@ -262,10 +261,10 @@ class ScaleUp(Detector):
         mean, std = torch.tensor(table, dtype=torch.float64)[classes].unbind(1)
         return (spc - mean) / std
 
-    def _consistency(self, images: Any, name: str) -> Raw:
+    def _consistency(self, images: Any, name: str) -> Columns:
         """SPC (N,) float64, NaN where the logits are, and predicted classes (N,)."""
 
-        def consistency(x: Tensor) -> Raw:
+        def consistency(x: Tensor) -> Columns:
             if float(x.min()) < -PIXEL_SLACK or float(x.max()) > 1 + PIXEL_SLACK:
                 raise ValueError(f"{name}: got pixels in [{float(x.min()):g}, {float(x.max()):g}], takes [0, 1]")
             logits = _logits(self._inference, x)
@@ -281,8 +280,7 @@ class ScaleUp(Detector):
 
 def _logits(inference: Inference, x: Tensor) -> Tensor:
     """(N, K) float32 of prepared images; a single logit becomes two."""
-    logits = find_logits(inference.model(x), len(x)).float()
-    return logits if logits.shape[1] > 1 else torch.cat([torch.zeros_like(logits), logits], 1)
+    return two_logits(find_logits(inference.model(x), len(x)).float())
 
 
 def _entropy(logits: Tensor) -> Tensor:

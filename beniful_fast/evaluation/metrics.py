@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from ..batches import batches
 from ..calibration import marginal_rank
 from ..data.base import need
-from ..features import FeatureTap, predicted
-from ..pipeline import Pipeline, Raw, join
+from ..features import FeatureTap
+from ..logits import predicted
+from ..pipeline import Pipeline
 from ..report import Scores, _array, auroc, roc
 
+Columns = tuple[Tensor, ...]
 # Numbers drawn at once by the bootstrap: 32 MB of float64.
 BOOTSTRAP_CHUNK = 4_000_000
 
@@ -95,7 +97,7 @@ class Inference(Pipeline):
         self._dtype = torch.float32 if weight is None else weight.dtype
         self.precision, self.batch_size = None, batch_size
 
-    def each(self, images: Any, function: Callable[[Tensor], Raw], name: str = "images") -> Raw:
+    def each(self, images: Any, function: Callable[[Tensor], Columns], name: str = "images") -> Columns:
         """`function` of every micro-batch, a tuple of (n, ...) tensors, joined over all images on the CPU.
 
         Args:
@@ -112,12 +114,12 @@ class Inference(Pipeline):
                 parts += [tuple(column.cpu() for column in function(self._prepare(part))) for part in self._split(x)]
         if not parts:
             raise ValueError(f"{name}: got no images; the loader, dataset or tensor is empty")
-        return join(parts)
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
-    def features(self, images: Any, name: str = "images") -> Raw:
+    def features(self, images: Any, name: str = "images") -> Columns:
         """Pooled features (N, D) float32 of the tapped layer, and predicted classes (N,) int64."""
 
-        def tap(x: Tensor) -> Raw:
+        def tap(x: Tensor) -> Columns:
             if not self._tap._resolved:
                 self._tap.resolve(x[:2])
             out = self._tapped(x)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..features import FeatureTap, find_logits, predicted, unwrap
+from ..features import FeatureTap, unwrap
+from ..logits import find_logits, predicted
 from ..removal.data import LEAST, read_labelled
 from ..removal.training import PREDICT_BATCH, reproducible
 from . import ban, inversion, mesa

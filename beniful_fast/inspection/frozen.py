@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import find_logits, two_logits, unwrap
+from ..features import unwrap
+from ..logits import find_logits, two_logits
 from ..removal.data import CleanData, split
 from ..removal.training import PRECISIONS
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import find_logits, two_logits
+from ..logits import find_logits, two_logits
 
 BACKDOORED, CLEAN, INCONCLUSIVE = "backdoored", "clean", "inconclusive"
 

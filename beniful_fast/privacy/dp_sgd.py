@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..data.base import need
-from ..features import find_logits, two_logits
+from ..logits import find_logits, two_logits
 from ..removal.data import read_labelled
 from .accountant import check_positive
 

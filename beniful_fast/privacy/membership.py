@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..batches import batches
 from ..data.base import need
-from ..features import find_logits, two_logits
+from ..logits import find_logits, two_logits
 from ..quiet import quiet
 
 # Below this many non-members, a false-positive rate of 0.1 % is less than one record.

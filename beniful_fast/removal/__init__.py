@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..features import FeatureTap, predicted, unwrap
+from ..features import FeatureTap, unwrap
+from ..logits import predicted
 from . import ban, beniful, fine_pruning, finetune, linf_pruning, mesa, nad
 from .data import read_images, read_labelled, split
 from .results import WEIGHTS_MOVED, RemovalResult, figures_moved, weight_change

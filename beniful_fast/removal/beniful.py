@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..features import predicted, two_logits
+from ..logits import predicted, two_logits
 from ..ops import feature_distance_loss
 from ..vae import FeatureVAE, fit_vae
 from .adversarial import Perturbation

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import FeatureTap, find_logits, predicted
+from ..features import FeatureTap
+from ..logits import find_logits, predicted
 from ..ops.schemas import NORM_CODES
 from ..ops.stats import ChannelStats, SampleMean, channel_stats
 from .stages import Taps, find_stages, last_layers

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..augment import crop_and_flip
-from ..features import find_logits, predicted
+from ..logits import find_logits, predicted
 from .data import CleanData
 
 PRECISIONS = {None: None, "bf16": torch.bfloat16}

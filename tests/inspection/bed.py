@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from beniful_fast import data
 from beniful_fast.demo import augmented, train
-from beniful_fast.features import find_logits
+from beniful_fast.logits import find_logits
 
 from ..models import images
 from ..removal import bed as removal
