@@ -113,12 +113,16 @@ class Evaluation:
         verdicts = [name for name in self.defences if name in INSPECTIONS]
         for clean in dict.fromkeys(spec.clean for spec in self.nets):
             out.append(Cell("train", self._key(clean), lambda spec=clean: dict(self.net(spec).card)))  # type: ignore[misc]
-            out += [self._inspect(clean, name) for name in verdicts]
+            out += [self.cell(clean, name) for name in verdicts]
         for spec in self.nets:
             out.append(Cell("train", self._key(spec), lambda spec=spec: dict(self.net(spec).card)))  # type: ignore[misc]
-            for name in self.defences:
-                out.append((self._screen if name in DETECTORS else self._inspect if name in INSPECTIONS else self._remove)(spec, name))
+            out += [self.cell(spec, name) for name in self.defences]
         return out
+
+    def cell(self, spec: NetSpec, defence: str) -> Cell:
+        """What one defence does on one network."""
+        make = self._screen if defence in DETECTORS else self._inspect if defence in INSPECTIONS else self._remove
+        return make(spec, defence)
 
     def run(self, progress: Callable[[int, int, Cell], None] | None = None) -> Iterator[dict[str, Any]]:
         """Computes what is missing and yields every finished cell, in the plan's order.
