@@ -3,6 +3,7 @@
     python -m benchmarks.frontier                              # learning rates, the zoo's CIFAR-10 networks
     python -m benchmarks.frontier --sizes                      # clean-data sizes 1, 2, 5 and 10 % of the training set, default rates
     python -m benchmarks.frontier --attacks wanet --methods beniful,nad
+    python -m benchmarks.frontier --methods beniful+screened   # with 500 images of a stream, 10 % of it triggered
     python -m benchmarks.frontier --table                      # of what is finished; a picture beside it
 
 No rate is chosen by looking at a trigger: each method's own default is marked, and the frontier shows what another would have given.
@@ -32,9 +33,14 @@ CLEAN = 2500
 COLOURS = ("#d1495b", "#3b6ea8", "#c28f2c", "#4f8a5b", "#7a5195", "#8a8a8a")
 
 
+def own_rate(method: str) -> float:
+    """The method's default learning rate; "beniful+screened" is BeniFul fed by a screened stream."""
+    return float(METHODS[method.split("+")[0]][0]().lr)
+
+
 def runs(attacks: Iterable[str], methods: Iterable[str], sizes: bool) -> list[tuple[str, str, float, int]]:
     """(method, attack, learning rate, clean images), what matters most first: the defaults, then the other rates or sizes."""
-    own = {name: METHODS[name][0]().lr for name in methods}
+    own = {name: own_rate(name) for name in methods}
     todo = [(m, a, own[m], CLEAN) for m in own for a in attacks]
     if sizes:
         return todo + [(m, a, own[m], n) for n in SIZES if n != CLEAN for m in own for a in attacks]
@@ -64,7 +70,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         loss = statistics.fmean(row["before"]["ACC"] - row["after"]["ACC"] for row in found.values())
         asr = [row["after"]["ASR"] for row in found.values()]
         ra = statistics.fmean(row["after"]["RA"] for row in found.values())
-        own = " (own)" if lr == METHODS[method.split("+")[0]][0]().lr else ""
+        own = " (own)" if lr == own_rate(method) else ""
         each = [f"{100 * found[a]['after']['ASR']:.1f}" if a in found else "" for a in attacks]
         share = "" if len(found) == len(attacks) else f" ({len(found)} of {len(attacks)})"
         head = f"{method}{share} | {lr:g}{own} | {clean} | {100 * loss:.1f} | {100 * statistics.fmean(asr):.1f} | {100 * max(asr):.1f}"
@@ -79,7 +85,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for colour, method in zip(COLOURS, dict.fromkeys(row["method"] for row in rows), strict=False):
         mine = [row for row in rows if row["method"] == method]
-        own = METHODS[method.split("+")[0]][0]().lr
+        own = own_rate(method)
         points = []
         for lr in sorted({row["lr"] for row in mine if row["clean"] == CLEAN}):
             some = [row for row in mine if row["lr"] == lr and row["clean"] == CLEAN]
