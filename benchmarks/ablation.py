@@ -1,9 +1,10 @@
-"""What the Screener's defaults rest on: layer, latent size, reading, consistency, one- or two-sided, class-conditional, one at a time.
+"""What the Screener's defaults rest on: parts of the score, layer, latent size, reading, consistency, one- or two-sided, class-conditional, one at a time.
 
     python -m benchmarks.ablation                     # all variants on the zoo's CIFAR-10 networks; resumes
     python -m benchmarks.ablation --arch resnet12w
+    python -m benchmarks.ablation --only latent --seeds 0     # some variants, networks of one seed
 
-Each variant is fitted on 2,500 clean images of the defender and judged on 2,000 clean and 2,000 triggered test images. AUROC counts
+Each variant is fitted on 2,500 clean images of the defender and judged on 1,000 clean and 1,000 triggered test images. AUROC counts
 triggered images that reach the target; beside it stands the same variant on the clean network. Prints a table and keeps one JSON a cell.
 """
 
@@ -25,7 +26,7 @@ from beniful_fast.evaluation.splits import Splits, load_splits
 from beniful_fast.report import auroc
 
 FOLDER = Path(__file__).resolve().parent / "results" / "ablation"
-CLEAN, JUDGED, FPR = 2500, 2000, 0.05
+CLEAN, JUDGED, FPR = 2500, 1000, 0.05
 LAST = {"resnet20": 2, "resnet12w": 3}  # the last stage
 
 
@@ -34,7 +35,8 @@ def variants(arch: str) -> dict[str, dict[str, Any]]:
     last = LAST[arch]
     return {
         "default": {},
-        **{f"latent {k}": {"latent": k} for k in (1, 2, 8, 16, 32)},
+        **{f"score {name}": {"score": name} for name in ("beniful", "mahalanobis")},
+        **{f"latent {k}": {"latent": k} for k in (1, 2, 8, 16)},
         "no consistency": {"consistency": False},
         "two-sided": {"two_sided": True},
         "class-conditional": {"class_conditional": True},
@@ -91,24 +93,24 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet20", choices=sorted(LAST))
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--only", default="", help="variants whose name holds this")
+    parser.add_argument("--seeds", default="0", help="of the networks, by commas")
     options = parser.parse_args()
-    cards = [c for c in zoo.cards(dataset=options.dataset, arch=options.arch, seed=0) if c["attack"] and c["rate"] == 0.1]
-    names = [card["name"] for card in cards if "+" not in card["attack"]]
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    cards = [c for seed in seeds for c in zoo.cards(dataset=options.dataset, arch=options.arch, seed=seed) if c["attack"]]
+    chosen = {card["name"]: card["seed"] for card in cards if card["rate"] == 0.1 and "+" not in card["attack"]}
     splits, cells = load_splits(options.dataset), Cells(FOLDER)
     done = {}
     for variant, settings in variants(options.arch).items():
         if options.only not in variant:
             continue
-        for name in names:
-            twin = f"{options.dataset}-{options.arch}-clean-s0"
+        for name, seed in chosen.items():
+            twin = f"{options.dataset}-{options.arch}-clean-s{seed}"
             key = {"net": name, "variant": variant, "options": settings, "clean_images": CLEAN, "judged": JUDGED, "fpr": FPR}
-            cell = Cell("ablation", key, lambda n=name, o=settings, t=twin: judge(splits, n, t, o, 0))  # type: ignore[misc]
+            cell = Cell("ablation", key, lambda n=name, o=settings, t=twin, s=seed: judge(splits, n, t, o, s))  # type: ignore[misc]
             done[variant, name] = cells.run(cell)["result"]
             print(f"{variant}, {name}: AUROC {done[variant, name]['auroc']:.4f}", flush=True)
-    short = [name.removeprefix(f"{options.dataset}-{options.arch}-").removesuffix("-p10-s0") for name in names]
-    print(
-        table({(v, n.removeprefix(f"{options.dataset}-{options.arch}-").removesuffix("-p10-s0")): r for (v, n), r in done.items()}, short)
-    )
+    short = {name: name.removeprefix(f"{options.dataset}-{options.arch}-").replace("-p10-", " ") for name in chosen}
+    print(table({(variant, short[name]): result for (variant, name), result in done.items()}, list(short.values())))
 
 
 if __name__ == "__main__":
