@@ -1,4 +1,4 @@
-"""What the Screener's defaults rest on: parts of the score, layer, latent size, reading, consistency, one- or two-sided, class-conditional, one at a time.
+"""What the Screener's defaults rest on, one at a time: the score's parts, layer, latent size, reading, consistency, calibration.
 
     python -m benchmarks.ablation                     # all variants on the zoo's CIFAR-10 networks; resumes
     python -m benchmarks.ablation --arch resnet12w
