@@ -6,29 +6,18 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .logits import find_logits
+from .maps import Layer, MapFinder, channel_last, first_tensor, peak, pool
 from .quiet import quiet
 
 PEAKS = "peaks of "
 _NAME = re.compile(r"^(?P<module>.*?)(?:#(?P<call>[1-9]\d*))?(?P<input>:input)?$")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Where to tap: a module's output, or its input, at one of its calls (None: the last)."""
-
-    module: str
-    input: bool = False
-    call: int | None = None
-
-    def __str__(self) -> str:
-        return self.module + (f"#{self.call}" if self.call else "") + (":input" if self.input else "")
 
 
 @dataclass
@@ -67,55 +56,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def channel_last(module: nn.Module, value: Tensor, is_input: bool) -> bool:
-    """Whether the channels are the last dimension of a map.
-
-    By the module where it is known: Linear, LayerNorm and RMSNorm work on the last dimension, convolutions, batch and group norm on
-    dimension 1. Else by shape: 3-D is tokens (N, T, C); 4-D is (N, H, W, C) only if the map is square that way and not the other way.
-    """
-    if type(module) in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding) or (isinstance(module, nn.Linear) and is_input):
-        return True
-    known = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.batchnorm._NormBase, nn.GroupNorm)
-    if isinstance(module, known):
-        return False
-    if value.dim() == 3:
-        return True
-    return value.dim() == 4 and value.shape[1] == value.shape[2] != value.shape[3]
-
-
-def pool(value: Tensor, last: bool) -> Tensor:
-    """(N, ...) to (N, C) float32 means, always in memory of their own; sums in float32."""
-    value = value.detach()
-    if value.dim() == 2:
-        # A copy in any case: what follows may write in place.
-        return value.to(torch.float32, copy=True)
-    dims = list(range(1, value.dim() - 1)) if last else list(range(2, value.dim()))
-    return value.mean(dims, dtype=torch.float32)
-
-
-def peak(value: Tensor, last: bool) -> Tensor:
-    """(N, ...) map to (N, C) float32: each channel's largest value over all positions, in memory of its own."""
-    value = value.detach()
-    return value.amax(list(range(1, value.dim() - 1)) if last else list(range(2, value.dim()))).float()
-
-
-def _is_map(module: nn.Module, value: Tensor | None, n: int) -> bool:
-    """Whether a module's output holds channels over several positions of an image."""
-    if value is None or value.dim() != 4 or value.shape[0] != n or not value.is_floating_point():
-        return False
-    return (value[0, ..., 0] if channel_last(module, value, False) else value[0, 0]).numel() > 1
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return next((found for part in value if (found := _first_tensor(part)) is not None), None)
-    return None
-
-
 def near(name: str, names: Sequence[str]) -> str:
     """The near matches of a misspelt layer name, for an error message."""
     close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
@@ -144,13 +84,13 @@ class FeatureTap:
     torch.compile and DataParallel wrappers are taken off: features come from the plain module inside.
 
     Peaks are each channel's maximum over the positions of a map: a small trigger moves the mean of a channel little and its maximum much.
-    They are taken of the layers that are maps; for others, such as the input of a head behind pooling, of the last map before them; not of
+    They are taken of the maps that the tapped features are pooled from, found by their values in the probing pass (`MapFinder`); not of
     tokens, nor of what a transformer cut them from, whose peaks would tell odd pixels and nothing of the model.
 
     Args:
         model: any nn.Module that takes a batch of images as its first argument.
         layer: None, a name, or several names.
-        peaks: take them too; or the names of the maps, as `peak_layers` gave them.
+        peaks: take them too, where there are maps; or the names of maps of your own.
 
     Raises:
         ValueError: an unknown name; the error lists near matches.
@@ -173,7 +113,8 @@ class FeatureTap:
             if parsed not in self._layers:
                 self._layers.append(parsed)
         self._find_peaks = peaks is True
-        self._maps: list[Layer] = [] if isinstance(peaks, bool) else [self._parse(name) for name in peaks]
+        chosen = [] if isinstance(peaks, bool) else [peaks] if isinstance(peaks, str) else peaks
+        self._maps: list[Layer] = [self._parse(name) for name in chosen]
 
     def _parse(self, name: str) -> Layer:
         match = _NAME.match(name)
@@ -216,32 +157,30 @@ class FeatureTap:
         """
         heads: list[tuple[str, int]] = []
         calls: dict[str, int] = {}
-        maps: list[Layer | None] = []  # as they are computed; None where tokens are, from which on maps before are too early to score
-        maps_before: dict[Layer, int] = {}
+        maps = MapFinder(len(x))
+        # What was known of each layer when it was reached: how many maps had been computed, and its layout.
+        known: dict[Layer, tuple[int, bool | None]] = {}
         first_names: dict[nn.Module, str] = {}
         for name, module in self._modules.items():
             first_names.setdefault(module, name)
 
-        def count(module: nn.Module, args: Any) -> None:
+        def note(module: nn.Module, value: Any, is_input: bool) -> None:
+            layer, tensor = Layer(first_names[module], is_input, calls[first_names[module]]), first_tensor(value)
+            if not is_input:
+                maps.saw(layer, module, value)
+            known[layer] = len(maps), None if tensor is None or tensor.dim() != 4 else maps.layout(module, tensor, is_input)
+
+        def entered(module: nn.Module, args: Any) -> None:
             name = first_names[module]
             calls[name] = calls.get(name, 0) + 1
-            maps_before[Layer(name, True, calls[name])] = len(maps)
+            note(module, args, True)
             pointwise = isinstance(module, nn.Conv2d) and all(k == 1 for k in module.kernel_size) and module.groups == 1
             if isinstance(module, nn.Linear) or pointwise:
                 heads.append((name, calls[name]))
 
-        def note_map(module: nn.Module, args: Any, output: Any) -> None:
-            layer = Layer(first_names[module], False, calls[first_names[module]])
-            tensor = _first_tensor(output)
-            if tensor is not None and tensor.dim() == 3 and tensor.shape[0] == len(x):
-                maps.append(None)
-            elif _is_map(module, tensor, len(x)):
-                maps.append(layer)
-            maps_before[layer] = len(maps)
-
         hookable = [module for module in first_names if not isinstance(module, torch.jit.ScriptModule)]
-        handles = [module.register_forward_pre_hook(count) for module in hookable]
-        handles += [module.register_forward_hook(note_map) for module in hookable]
+        handles = [module.register_forward_pre_hook(entered) for module in hookable]
+        handles += [module.register_forward_hook(lambda module, _, output: note(module, output, False)) for module in hookable]
         try:
             with self.quiet():
                 find_logits(self.model(x), len(x))
@@ -264,17 +203,25 @@ class FeatureTap:
                 raise ValueError(
                     f"layer: {str(layer)!r} asks for call {layer.call}, but {layer.module!r} runs {ran} time(s) in a forward pass"
                 )
+            call = layer.call or ran
             if layer.call is None and ran > 1:
-                self._layers[i] = Layer(layer.module, layer.input, ran)
-                self.notes.append(f"{layer.module!r} runs {ran} times in a forward pass: its last call is tapped, {str(self._layers[i])!r}")
+                layer = replace(layer, call=ran)
+                self.notes.append(f"{layer.module!r} runs {ran} times in a forward pass: its last call is tapped, {str(layer)!r}")
+            reached = Layer(first_names[self._modules[layer.module]], layer.input, call)
+            self._layers[i] = replace(layer, last=known.get(reached, (0, None))[1])
+        self._resolved = True
         if self._find_peaks:
+            self._maps = []
+            with self.quiet():
+                features = self.run(x).features
             for layer in self._layers:
                 name = first_names[self._modules[layer.module]]
-                found = maps[: maps_before.get(Layer(name, layer.input, layer.call or 1), 0)][-1:]
-                self._maps += [each if calls[each.module] > 1 else Layer(each.module) for each in found if each is not None]
+                count = known.get(Layer(name, layer.input, layer.call or 1), (0, None))[0]
+                found = maps.behind(features[str(layer)], count)
+                self._maps += [each if calls[each.module] > 1 else replace(each, call=None) for each in found]
             self._maps = list(dict.fromkeys(self._maps))
-            self.notes += [f"peaks are taken of {name!r}" for name in self.peak_layers]
-        self._resolved = True
+            what = f"of {', '.join(map(repr, self.peak_layers))}" if self._maps else "of nothing: the features are pooled from no map"
+            self.notes.append(f"peaks are taken {what}")
         return self.layers
 
     @contextmanager
@@ -297,13 +244,16 @@ class FeatureTap:
             calls += 1
             if layer.call is not None and calls != layer.call:
                 return
-            tensor = _first_tensor(value)
+            tensor = first_tensor(value)
+            if reduce is peak and (tensor is None or tensor.dim() != 4):
+                got = type(value).__name__ if tensor is None else tuple(tensor.shape)
+                raise ValueError(f"peaks: {str(layer)!r} gives {got}, takes maps (N, C, H, W) or (N, H, W, C)")
             if tensor is None or tensor.dim() < 2 or tensor.shape[0] != n or not tensor.is_floating_point():
                 got = type(value).__name__ if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise ValueError(
                     f"layer: {str(layer)!r} gives {got}, takes floating-point features whose first dimension is the batch of {n}"
                 )
-            found[key] = reduce(tensor, channel_last(module, tensor, layer.input))
+            found[key] = reduce(tensor, channel_last(module, tensor, layer.input) if layer.last is None else layer.last)
 
         if layer.input:
             return module.register_forward_pre_hook(lambda _, args, kwargs: take(args if args else kwargs), with_kwargs=True)
@@ -311,13 +261,16 @@ class FeatureTap:
 
     def run(self, x: Tensor) -> Tapped:
         """One forward pass inside `quiet()`; for many batches, which then restore the model once."""
+        if not self._resolved:
+            self.resolve(x[:2])
         found: dict[str, Tensor] = {}
         with self.hooked(found, len(x)):
             output = self.model(x)
         maps = [f"{PEAKS}{name}" for name in self.peak_layers]
-        missing = [name for name in (*self.layers, *maps) if name not in found]
-        if missing:
-            raise ValueError(f"layer: {missing[0]!r} did not run in the forward pass")
+        for name in (*self.layers, *maps):
+            if name not in found:
+                why = "for images of this size or kind; give images like those it was fitted on, or name another layer"
+                raise ValueError(f"layer: {name.removeprefix(PEAKS)!r} did not run in the forward pass {why}")
         peaks = torch.cat([found[name] for name in maps], 1) if maps else None
         return Tapped({name: found[name] for name in self.layers}, find_logits(output, len(x)), output, peaks)
 
@@ -327,8 +280,6 @@ class FeatureTap:
         Returns:
             `Tapped`: features {layer: (N, C) float32}, logits (N, K), the model's own output, and peaks (N, P) if asked for.
         """
-        if not self._resolved:
-            self.resolve(x[:2])
         with self.quiet():
             return self.run(x)
 

@@ -70,10 +70,12 @@ class Pipeline:
     @property
     def _channels_last(self) -> bool:
         # On the CPU convolutions are faster so whatever the weights' layout; on the GPU the weights' layout decides.
-        maps = [m.weight for m in self.model.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1]
+        maps = [m for m in self.model.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1]
         if not maps or self.device.type == "cpu":
             return bool(maps)
-        return any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in maps)
+        # Not `m.weight`: reading a parametrized one, as of spectral_norm, computes it anew and may change its buffers.
+        weights = [m._parameters["weight"] for m in maps if "weight" in m._parameters]
+        return any(w is not None and w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
 
     def _split(self, x: Tensor) -> Sequence[Tensor]:
         """Micro-batches of a batch."""

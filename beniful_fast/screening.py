@@ -26,11 +26,9 @@ LATENT = {"features": 4, "images": 32}
 # Features wait for this many rows, because the detector's matrix products are too small to run batch by batch.
 FLUSH_ROWS = 2048
 # Share of the fit half that is left out of fitting: 1 % triggered images there would otherwise be learnt as clean.
-TRIM, OUTLIERS = 0.03, "left out "
+TRIM = 0.03
 # A covariance of fewer images than that is mostly noise.
-ROWS_PER_FEATURE, NO_COVARIANCE = 2, "the Mahalanobis distance is left out"
-# What fit sets, and puts back where it fails.
-FITTED = ("_vae", "_gaussians", "_calibration", "_consistent_by", "consistency_note", "weight", "r2", "n_fit", "n_classes", "weights_hash")
+ROWS_PER_FEATURE = 2
 
 
 class Screener(Pipeline):
@@ -104,14 +102,13 @@ class Screener(Pipeline):
                 raise ValueError(f"{name}: got {number}, takes a positive number")
         if reconstruct == "images" and score not in ("combined", "beniful"):
             raise ValueError(f"score: got {score!r} with reconstruct='images', takes 'combined' or 'beniful'; baselines work on features")
-        peaks = score == "combined"
-        tap = FeatureTap(model, layer, peaks=peaks)
+        tap = FeatureTap(model, layer)
         weight = next((p for p in tap.model.parameters() if p.is_floating_point()), None)
         home = torch.device("cpu") if weight is None else weight.device
         self.device = home if device is None else torch.device(device)
         if self.device.type != home.type or (self.device.index is not None and self.device != home):
-            tap = FeatureTap(copy.deepcopy(tap.model).to(self.device), layer, peaks=peaks)
-        self._tap = tap
+            tap = FeatureTap(copy.deepcopy(tap.model).to(self.device), layer)
+        self._tap, self._asked_layer = tap, layer
         self._dtype = torch.float32 if weight is None else weight.dtype
         self.model = tap.model
         self.reconstruct, self.fpr, self.precision, self.seed, self.score_kind = reconstruct, fpr, precision, seed, score
@@ -147,15 +144,16 @@ class Screener(Pipeline):
             ValueError: no images, too few for the asked rate (the message says how many are needed), NaN features (how many), a layer that
                 does not run. TypeError: integer images, a model without logits. What was fitted before then stays as it was.
         """
-        before = {name: getattr(self, name) for name in FITTED}
+        before = dict(vars(self))
         try:
             return self._fit(clean, calibration)
         except BaseException:
-            self.__dict__.update(before)
+            vars(self).update(before)
             raise
 
     def _fit(self, clean: Any, calibration: Any) -> Screener:
         keep = self.reconstruct == "images" or bool(self.consistency)
+        self._tap = FeatureTap(self.model, self._asked_layer, peaks=self.score_kind == "combined")
         raw, images = self._collect(clean, "clean", keep)
         n = len(raw.z)
         self._refuse_nan(raw, "clean")
@@ -305,9 +303,6 @@ class Screener(Pipeline):
         vae, self._vae = self._vae, None
         try:
             for x, _ in batches(data, name, self._read, keyed=False):
-                if not parts:
-                    with self._autocast():
-                        self._tap.resolve(self._prepare(x[:2]))
                 with self._tap.quiet():
                     parts += [self._forward(part) for part in self._split(x)]
                 if keep:
@@ -319,13 +314,11 @@ class Screener(Pipeline):
         return join(parts), torch.cat(kept) if keep else None
 
     def _refuse_nan(self, raw: Raw, name: str) -> None:
-        wrong = (~raw.z.isfinite()).any(1)
-        if raw.peaks is not None:
-            wrong |= (~raw.peaks.isfinite()).any(1)
-        bad = int(wrong.sum())
-        if bad:
-            what = f"{bad} of {len(raw.z)} images give NaN or infinite features at layer {self.layer!r}"
-            raise ValueError(f"{name}: {what}; remove or repair them")
+        for what, values in ((f"features at layer {self.layer!r}", raw.z), (f"peaks at {', '.join(self._tap.peak_layers)}", raw.peaks)):
+            bad = 0 if values is None else int((~values.isfinite()).any(1).sum())
+            if bad:
+                cure = "remove or repair them" + ("" if values is raw.z else ", or pass score='beniful', which takes no peaks")
+                raise ValueError(f"{name}: {bad} of {len(raw.z)} images give NaN or infinite {what}; {cure}")
 
     def _learn(self, raw: Raw, images: Tensor | None) -> None:
         """Everything that is fitted, from the fit half alone."""
@@ -369,23 +362,23 @@ class Screener(Pipeline):
             values = getattr(raw, part)
             if values is None:
                 continue
-            if self.score_kind == "combined" and int(keep.sum()) < ROWS_PER_FEATURE * values.shape[1]:
+            if self.score_kind == "combined" and len(keep) < ROWS_PER_FEATURE * values.shape[1]:
                 what = "features" if part == "z" else "peaks"
-                self.notes.append(f"{NO_COVARIANCE}: {len(keep)} fit images are too few for the covariance of {values.shape[1]} {what}")
+                few = f"{len(keep)} fit images are too few for the covariance of {values.shape[1]} {what}"
+                self.notes.append(f"the Mahalanobis distance of {what} is left out: {few}")
                 continue
             with torch.device(values.device), torch.no_grad():
                 self._gaussians[part] = ClassGaussians(values.shape[1], self.n_classes).fit(values[keep], raw.classes[keep])
 
     def _without_outliers(self, raw: Raw) -> Tensor:
         """Rows of the fit half to fit on. The calibration half keeps all its images, so the false-positive rate is not touched."""
-        self.notes[:] = [note for note in self.notes if not note.startswith((OUTLIERS, NO_COVARIANCE))]
         n = len(raw.z)
         keep = torch.ones(n, dtype=torch.bool, device=raw.z.device)
         for values in (raw.z, raw.peaks):
             if values is not None and int(TRIM * n) and n >= ROWS_PER_FEATURE * values.shape[1]:
                 keep &= typical(values, raw.classes, self.n_classes, TRIM)
         if count := n - int(keep.sum()):
-            self.notes.append(f"{OUTLIERS}{count} of {n} fit images, the farthest of their class: clean sets may hold triggered images")
+            self.notes.append(f"left out {count} of {n} fit images, the farthest of their class: clean sets may hold triggered images")
         return keep
 
     def _from_cache(self, raw: Raw, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

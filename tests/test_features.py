@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from beniful_fast.features import FeatureTap, channel_last, peak, pool
+from beniful_fast.features import FeatureTap
 from beniful_fast.logits import find_logits
+from beniful_fast.maps import channel_last, peak, pool
 
 from .models import ConvHead, Plain, Returns, SmallNet, Tokens, images, seeded
 
@@ -124,6 +125,80 @@ def test_peaks_are_taken_of_the_last_map_before_the_layer(make, layer, maps):
     assert torch.equal(out.peaks, again.peaks)
     assert set(again.features) == set(out.features)
     assert not hooks(model)
+
+
+class Odd(nn.Module):
+    """A map of a kind, and a head on what is pooled from it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.conv, self.act = kind, nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU()
+        self.other, self.norm = nn.Conv2d(3, 5, 3, 4, 1), nn.LayerNorm(16)
+        self.keep = nn.Identity()
+        self.pool1d, self.attention = nn.AdaptiveAvgPool1d(1), nn.MultiheadAttention(16, 2)
+        self.fc = nn.Linear(21 if kind == "branches" else 16, 4)
+
+    def forward(self, x):
+        maps = self.act(self.conv(x))
+        if self.kind == "plain":
+            return self.fc(maps.mean((2, 3)))
+        if self.kind == "channels last":
+            return self.fc(self.keep(self.norm(maps.permute(0, 2, 3, 1)) * 2).mean((1, 2)))
+        if self.kind == "auxiliary":
+            z = maps.mean((2, 3))
+            return {"mask": self.other(x), "logits": self.fc(z)}
+        if self.kind == "branches":
+            return self.fc(torch.cat([maps.mean((2, 3)), self.other(x).mean((2, 3))], 1))
+        if self.kind == "flat":
+            return self.fc(self.pool1d(maps.flatten(2))[:, :, 0])
+        if self.kind == "maximum":
+            return self.fc(maps.amax((2, 3)))
+        tokens = maps.flatten(2).permute(2, 0, 1)
+        return self.fc(self.attention(tokens, tokens, tokens)[0][0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "maps"),
+    [
+        ("plain", ("act",)),
+        ("channels last", ("keep",)),
+        ("auxiliary", ("act",)),
+        ("branches", ("act", "other")),
+        ("flat", ("act",)),
+        ("maximum", ()),
+        ("attention", ()),
+    ],
+)
+def test_peaks_follow_the_features_whatever_else_the_model_computes(kind, maps):
+    """Also where a map has as many rows as channels: 32 x 24 images give 16 channels of 16 x 12."""
+    model = seeded(Odd, kind)
+    x = torch.rand(5, 3, 32, 24, generator=torch.Generator().manual_seed(1))
+    tap = FeatureTap(model, peaks=True)
+    out = tap(x)
+    assert tap.peak_layers == maps
+    with torch.no_grad():
+        of = {"act": model.conv(x).relu().amax((2, 3)), "other": model.other(x).amax((2, 3))}
+        of["keep"] = (model.norm(model.conv(x).relu().permute(0, 2, 3, 1)) * 2).amax((1, 2))
+    if maps:
+        torch.testing.assert_close(out.peaks, torch.cat([of[name] for name in maps], 1))
+        # The layout is decided once: a square image, or another size, changes nothing.
+        assert tap(torch.rand(2, 3, 16, 24)).peaks.shape == (2, out.peaks.shape[1])
+    else:
+        assert out.peaks is None
+        assert any("peaks are taken of nothing" in note for note in tap.notes)
+
+
+def test_named_layers_keep_their_layout_too():
+    model = seeded(Odd, "plain")
+    x = torch.rand(5, 3, 32, 24, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(FeatureTap(model, "act")(x).joined, model.conv(x).relu().mean((2, 3)))
+
+
+def test_peaks_of_your_own_choice_or_a_clear_refusal():
+    model, x = seeded(SmallNet), images(3)
+    assert FeatureTap(model, peaks="conv1")(x).peaks.shape == (3, 8)
+    with pytest.raises(ValueError, match=r"peaks: 'fc' gives .*takes maps"):
+        FeatureTap(model, peaks=["fc"])(x)
 
 
 def test_peaks_are_each_channels_maximum():

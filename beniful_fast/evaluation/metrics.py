@@ -120,8 +120,6 @@ class Inference(Pipeline):
         """Pooled features (N, D) float32 of the tapped layer, and predicted classes (N,) int64."""
 
         def tap(x: Tensor) -> Columns:
-            if not self._tap._resolved:
-                self._tap.resolve(x[:2])
             out = self._tapped(x)
             return out.joined, predicted(out.logits)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..features import Layer
+from ..maps import Layer
 from ..removal.data import CleanData
 from ..removal.stages import find_stages
 from ..removal.training import reproducible

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.base import need
-from ..features import FeatureTap, Layer, channel_last
+from ..features import FeatureTap
+from ..maps import Layer, channel_last
 from ..removal.stages import find_stages, maps_of
 from ..removal.training import reproducible
 from .frozen import Frozen, home, pixel_range

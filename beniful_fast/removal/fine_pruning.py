@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..features import FeatureTap, pool
+from ..features import FeatureTap
+from ..maps import pool
 from .stages import Taps
 from .training import PREDICT_BATCH, Job, Recipe, check_at_least_0, evaluating, train
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import FeatureTap, channel_last
+from ..features import FeatureTap
+from ..maps import channel_last
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
