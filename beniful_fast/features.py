@@ -141,6 +141,17 @@ class FeatureTap:
         """The names of the maps whose peaks are taken; empty where there are none, and until they have been found by a first pass."""
         return tuple(map(str, self._maps))
 
+    @property
+    def layouts(self) -> list[bool | None]:
+        """What the probing pass found of each layer, then of each map: whether its channels come last; None where that is no question."""
+        return [layer.last for layer in (*self._layers, *self._maps)]
+
+    def recall(self, layouts: Sequence[bool | None]) -> None:
+        """Takes an earlier tap's `layouts` for the same names, instead of a probing pass."""
+        known = [replace(layer, last=last) for layer, last in zip((*self._layers, *self._maps), layouts, strict=True)]
+        self._layers, self._maps = known[: len(self._layers)], known[len(self._layers) :]
+        self._resolved = True
+
     def module(self, layer: str) -> nn.Module:
         """The module that a layer name names."""
         return self._modules[self._parse(layer).module]

@@ -6,7 +6,6 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +82,8 @@ def save(screener: Screener, path: Path) -> None:
     meta = {
         "options": {name: getattr(screener, name) for name in OPTIONS} | {"score": screener.score_kind},
         "layers": list(screener.layers),
-        "peak_layers": [[str(layer), layer.last] for layer in screener._tap._maps],
+        "peak_layers": list(screener._tap.peak_layers),
+        "layouts": screener._tap.layouts,
         "architecture": architecture(screener.model),
         "weights_hash": screener.weights_hash,
         "r2": None if math.isnan(screener.r2) else screener.r2,
@@ -130,8 +130,8 @@ def load(
                 "or pass allow_other_weights=True, and its calibration promises nothing"
             )
         screener = kind(model, layers, device=device, **options)
-        screener._tap = FeatureTap(screener.model, layers, peaks=[name for name, _ in meta["peak_layers"]])
-        screener._tap._maps = [replace(layer, last=last) for layer, (_, last) in zip(screener._tap._maps, meta["peak_layers"], strict=True)]
+        screener._tap = FeatureTap(screener.model, layers, peaks=meta["peak_layers"])
+        screener._tap.recall(meta["layouts"])
         with torch.device("cpu"):
             if meta["image_shape"]:
                 vae: FeatureVAE = ImageVAE(len(tensors["vae.mean"]), meta["image_shape"], meta["hidden"], meta["code"])
