@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,25 @@ class Tapped:
         """(N, sum of C): the features of all layers side by side."""
         parts = list(self.features.values())
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+@dataclass
+class _Probe:
+    """What one forward pass showed, by modules' first names.
+
+    Attributes:
+        maps: that were computed.
+        names: of each module.
+        calls: how often each ran.
+        heads: Linear and 1x1 convolutions, as they were called.
+        reached: for each input and output, how many maps had been computed by then, and whether its channels come last (None: no map).
+    """
+
+    maps: MapFinder
+    names: dict[nn.Module, str] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    heads: list[str] = field(default_factory=list)
+    reached: dict[Layer, tuple[int, bool | None]] = field(default_factory=dict)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -166,30 +185,63 @@ class FeatureTap:
         Raises:
             ValueError: no Linear or 1x1 convolution was called, or a named layer or call never ran.
         """
-        heads: list[tuple[str, int]] = []
-        calls: dict[str, int] = {}
-        maps = MapFinder(len(x))
-        # What was known of each layer when it was reached: how many maps had been computed, and its layout.
-        known: dict[Layer, tuple[int, bool | None]] = {}
-        first_names: dict[nn.Module, str] = {}
+        seen = self._probe(x)
+        if not self._layers:
+            if not seen.heads:
+                names = [n for n in self._modules if n]
+                raise ValueError(
+                    f"layer: {type(self.model).__name__} calls no Linear or 1x1 convolution, so name one of its modules; {near('', names)}"
+                )
+            self._layers = [Layer(seen.heads[-1], input=True)]
+            self.notes.append(f"default tap: the input of {seen.heads[-1]!r}, the last Linear or 1x1 convolution called")
+        for i, layer in enumerate(self._layers):
+            ran = seen.calls.get(seen.names[self._modules[layer.module]], 0)
+            if ran == 0:
+                raise ValueError(f"layer: {str(layer)!r} did not run in the forward pass; {near(layer.module, list(seen.calls)[1:])}")
+            if layer.call and layer.call > ran:
+                raise ValueError(
+                    f"layer: {str(layer)!r} asks for call {layer.call}, but {layer.module!r} runs {ran} time(s) in a forward pass"
+                )
+            if layer.call is None and ran > 1:
+                layer = replace(layer, call=ran)
+                self.notes.append(f"{layer.module!r} runs {ran} times in a forward pass: its last call is tapped, {str(layer)!r}")
+            self._layers[i] = replace(layer, last=self._reached(layer, seen)[1])
+        self._resolved = True
+        if self._find_peaks:
+            self._maps = []
+            with self.quiet():
+                features = self.run(x).features
+            for layer in self._layers:
+                found = seen.maps.behind(features[str(layer)], self._reached(layer, seen)[0])
+                self._maps += [each if seen.calls[each.module] > 1 else replace(each, call=None) for each in found]
+            self._maps = list(dict.fromkeys(self._maps))
+            what = f"of {', '.join(map(repr, self.peak_layers))}" if self._maps else "of nothing: the features are pooled from no map"
+            self.notes.append(f"peaks are taken {what}")
+        return self.layers
+
+    def _probe(self, x: Tensor) -> _Probe:
+        """One forward pass over images (N, ...) with hooks on every module."""
+        seen = _Probe(MapFinder(len(x)))
         for name, module in self._modules.items():
-            first_names.setdefault(module, name)
+            seen.names.setdefault(module, name)
 
         def note(module: nn.Module, value: Any, is_input: bool) -> None:
-            layer, tensor = Layer(first_names[module], is_input, calls[first_names[module]]), first_tensor(value)
-            if not is_input:
-                maps.saw(layer, module, value)
-            known[layer] = len(maps), None if tensor is None or tensor.dim() != 4 else maps.layout(module, tensor, is_input)
+            name = seen.names[module]
+            layer, tensor = Layer(name, is_input, seen.calls[name]), first_tensor(value)
+            if self._find_peaks and not is_input:
+                seen.maps.saw(layer, module, value)
+            last = None if tensor is None or tensor.dim() != 4 else seen.maps.layout(module, tensor, is_input)
+            seen.reached[layer] = len(seen.maps), last
 
         def entered(module: nn.Module, args: Any) -> None:
-            name = first_names[module]
-            calls[name] = calls.get(name, 0) + 1
+            name = seen.names[module]
+            seen.calls[name] = seen.calls.get(name, 0) + 1
             note(module, args, True)
             pointwise = isinstance(module, nn.Conv2d) and all(k == 1 for k in module.kernel_size) and module.groups == 1
             if isinstance(module, nn.Linear) or pointwise:
-                heads.append((name, calls[name]))
+                seen.heads.append(name)
 
-        hookable = [module for module in first_names if not isinstance(module, torch.jit.ScriptModule)]
+        hookable = [module for module in seen.names if not isinstance(module, torch.jit.ScriptModule)]
         handles = [module.register_forward_pre_hook(entered) for module in hookable]
         handles += [module.register_forward_hook(lambda module, _, output: note(module, output, False)) for module in hookable]
         try:
@@ -198,42 +250,11 @@ class FeatureTap:
         finally:
             for handle in handles:
                 handle.remove()
-        if not self._layers:
-            if not heads:
-                names = [n for n in self._modules if n]
-                raise ValueError(
-                    f"layer: {type(self.model).__name__} calls no Linear or 1x1 convolution, so name one of its modules; {near('', names)}"
-                )
-            self._layers = [Layer(heads[-1][0], input=True)]
-            self.notes.append(f"default tap: the input of {heads[-1][0]!r}, the last Linear or 1x1 convolution called")
-        for i, layer in enumerate(self._layers):
-            ran = calls.get(first_names[self._modules[layer.module]], 0)
-            if ran == 0:
-                raise ValueError(f"layer: {str(layer)!r} did not run in the forward pass; {near(layer.module, list(calls)[1:])}")
-            if layer.call and layer.call > ran:
-                raise ValueError(
-                    f"layer: {str(layer)!r} asks for call {layer.call}, but {layer.module!r} runs {ran} time(s) in a forward pass"
-                )
-            call = layer.call or ran
-            if layer.call is None and ran > 1:
-                layer = replace(layer, call=ran)
-                self.notes.append(f"{layer.module!r} runs {ran} times in a forward pass: its last call is tapped, {str(layer)!r}")
-            reached = Layer(first_names[self._modules[layer.module]], layer.input, call)
-            self._layers[i] = replace(layer, last=known.get(reached, (0, None))[1])
-        self._resolved = True
-        if self._find_peaks:
-            self._maps = []
-            with self.quiet():
-                features = self.run(x).features
-            for layer in self._layers:
-                name = first_names[self._modules[layer.module]]
-                count = known.get(Layer(name, layer.input, layer.call or 1), (0, None))[0]
-                found = maps.behind(features[str(layer)], count)
-                self._maps += [each if calls[each.module] > 1 else replace(each, call=None) for each in found]
-            self._maps = list(dict.fromkeys(self._maps))
-            what = f"of {', '.join(map(repr, self.peak_layers))}" if self._maps else "of nothing: the features are pooled from no map"
-            self.notes.append(f"peaks are taken {what}")
-        return self.layers
+        return seen
+
+    def _reached(self, layer: Layer, seen: _Probe) -> tuple[int, bool | None]:
+        name = seen.names[self._modules[layer.module]]
+        return seen.reached.get(Layer(name, layer.input, layer.call or 1), (0, None))
 
     @contextmanager
     def hooked(self, found: dict[str, Tensor], n: int) -> Iterator[None]:

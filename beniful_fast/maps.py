@@ -136,6 +136,8 @@ class MapFinder:
         missing = torch.ones(feature.shape[1], dtype=torch.bool, device=feature.device)
         found: list[Layer] = []
         for seen in reversed(self._seen[:count]):
+            if not bool(missing.any()):
+                break
             for last, (mean, rectified, top) in seen.pooled.items():
                 columns = [_columns(feature, missing, part, LEAST * scale) for part in (mean, rectified, top)]
                 place = next((c for c in columns if c is not None), None)
