@@ -149,7 +149,10 @@ def test_any_finite_input(backend, data):
     x, y = (torch.from_numpy(data.draw(hnp.arrays(np.float32, shape, elements=values))) for _ in range(2))
     p, reduction = data.draw(st.sampled_from(POWERS)), data.draw(st.sampled_from(REDUCTIONS))
     got = bf.reconstruction_distance(x, y, p=p, reduction=reduction, backend=backend)
-    torch.testing.assert_close(got.double(), oracle(x, y, p, reduction), rtol=tolerance(torch.float32, x[0].numel()), atol=1e-35)
+    # Squares below the smallest normal number may be lost, each; the root of such a sum loses its root.
+    lost = x[0].numel() * torch.finfo(torch.float32).tiny
+    atol = lost**0.5 if (p, reduction) == (2, "norm") else lost
+    torch.testing.assert_close(got.double(), oracle(x, y, p, reduction), rtol=tolerance(torch.float32, x[0].numel()), atol=atol)
 
 
 @FAST
