@@ -7,9 +7,12 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
+
+RANGE_SLACK = 1e-3  # half precision and resampling round beyond [0, 1]
 
 
 class Attack:
@@ -68,6 +71,9 @@ class Attack:
 
         Returns:
             A new tensor of the same shape, dtype and device, in [0, 1].
+
+        Raises:
+            ValueError: no floating-point batch, or values outside [0, 1], such as those of normalised images.
         """
         raise NotImplementedError
 
@@ -85,9 +91,9 @@ class Attack:
 
     def _quota(self, rate: float, total: int, may: int) -> int:
         count = round(rate * total)
-        if count > may:
+        if count > may > 0:
             raise ValueError(f"rate: {rate} of {total} samples is {count}, but only {may} may be poisoned ({self!r})")
-        return count
+        return min(count, may)
 
     def poison(self, dataset: Dataset[Any], rate: float, *, exclude: Sequence[int] = ()) -> PoisonedDataset:
         """A view of `dataset` in which `round(rate * len(dataset))` samples carry the trigger and the label it shall give.
@@ -100,7 +106,8 @@ class Attack:
             exclude: samples to leave alone.
 
         Raises:
-            ValueError: a rate outside [0, 1], more samples asked for than may be poisoned, or no class number for each item.
+            ValueError: a rate outside [0, 1], more samples asked for than may be poisoned, none that may be (a clean-label attack on a
+                class that the data lack), or no class number for each item.
         """
         if not is_real(rate) or not 0 <= rate <= 1:
             raise ValueError(f"rate: got {rate!r}, takes a share of the whole set in [0, 1]")
@@ -109,7 +116,12 @@ class Attack:
         free = torch.ones(len(labels), dtype=torch.bool)
         free[list(exclude)] = False
         may = (mask & free).nonzero().flatten()
-        count = self._quota(rate, len(labels), len(may))
+        asked, count = round(rate * len(labels)), self._quota(rate, len(labels), len(may))
+        if asked and not count:
+            raise ValueError(
+                f"target: {self.target} leaves none of {len(labels)} samples to poison (labels {int(labels.min())} to {int(labels.max())}, "
+                f"{len(exclude)} excluded), but rate {rate} asks for {asked}; pass another target ({self!r})"
+            )
         # The CPU's generator, so that the choice does not hang on the device; offset, so that it is not the trigger's own stream.
         generator = torch.Generator().manual_seed(self.seed + 2**32)
         chosen = may[torch.randperm(len(may), generator=generator)[:count]]
@@ -197,8 +209,7 @@ class PoisonedDataset(Dataset[Any]):
             return (self.attack.cover_samples(image[None], [index])[0], label, *rest)
         true = torch.tensor([_label(label)])
         goal = int(self.attack.goal(true))
-        changed: Any = torch.full_like(label, goal) if isinstance(label, Tensor) else type(label)(goal)
-        return (self.attack.stamp_samples(image[None], [index], true)[0], changed, *rest)
+        return (self.attack.stamp_samples(image[None], [index], true)[0], _relabelled(label, goal), *rest)
 
     def labels(self) -> Tensor:
         """(N,) int64 labels, those of poisoned samples changed."""
@@ -215,12 +226,25 @@ class PoisonedDataset(Dataset[Any]):
         else:
             images, true = torch.stack([_checked(self.dataset[i])[0] for i in range(len(self))]), labels_of(self.dataset)
         labels = true.clone()
-        for rows in torch.tensor(self.poisoned_indices, dtype=torch.int64).split(batch):
+        for rows in _chunks(self.poisoned_indices, batch):
             images[rows] = self.attack.stamp_samples(images[rows], rows.tolist(), true[rows])
             labels[rows] = self.attack.goal(true[rows])
-        for rows in torch.tensor(self.cover_indices, dtype=torch.int64).split(batch):
+        for rows in _chunks(self.cover_indices, batch):
             images[rows] = self.attack.cover_samples(images[rows], rows.tolist())
         return images, labels
+
+
+def _chunks(indices: Sequence[int], size: int) -> list[Tensor]:
+    # Not `Tensor.split`, which makes one empty chunk of nothing.
+    return [torch.tensor(indices[i : i + size], dtype=torch.int64) for i in range(0, len(indices), size)]
+
+
+def _relabelled(label: Any, goal: int) -> Any:
+    """`goal` as what the data set gives for a label."""
+    if isinstance(label, Tensor):
+        return torch.full_like(label, goal)
+    # The type of an array takes a shape, not a value.
+    return np.full_like(label, goal) if isinstance(label, np.ndarray) else type(label)(goal)
 
 
 def whole(value: Any, name: str, takes: str, least: int | None = 0) -> int:
@@ -240,11 +264,19 @@ def is_real(value: Any) -> bool:
 
 
 def check_images(images: Any, dims: int = 4) -> None:
-    """Refuses what is no batch (or, with dims=3, no image) of floats."""
+    """Refuses what is no batch (or, with dims=3, no image) of floats in [0, 1]: clamping would destroy normalised images unnoticed."""
     shape = "(N, C, H, W)" if dims == 4 else "(C, H, W)"
     if not isinstance(images, Tensor) or images.dim() != dims or not images.is_floating_point():
         got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images: got {got}, takes a floating-point tensor {shape} in [0, 1]")
+    if not images.numel():
+        return
+    low, high = torch.stack(images.detach().aminmax()).tolist()  # at once, for one wait for the device
+    if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):  # so that NaN is refused too
+        raise ValueError(
+            f"images: got values from {low:g} to {high:g}, takes a floating-point tensor {shape} in [0, 1]; stamp before normalising, "
+            "divide bytes by 255, and clamp what resizing overshoots"
+        )
 
 
 def labels_of(dataset: Any) -> Tensor:
@@ -257,7 +289,7 @@ def labels_of(dataset: Any) -> Tensor:
     """
     labels = _labels_of(dataset)
     if labels.dim() != 1:
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}, takes one class number each; of one-hot labels pass labels.argmax(1)")
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, takes one class number each; {_cure(labels.shape)}")
     return labels
 
 
@@ -289,9 +321,15 @@ def _label(label: Any) -> int:
         return int(label)
     except (TypeError, ValueError, RuntimeError):
         shape = f" of shape {tuple(label.shape)}" if hasattr(label, "shape") else f" {label!r}"
-        raise ValueError(
-            f"labels: got a {type(label).__name__}{shape}, takes one class number each; of one-hot labels pass labels.argmax(1)"
-        ) from None
+        cure = _cure((0, *getattr(label, "shape", ())))
+        raise ValueError(f"labels: got a {type(label).__name__}{shape}, takes one class number each; {cure}") from None
+
+
+def _cure(shape: Sequence[int]) -> str:
+    """What makes class numbers of labels of this shape, whose first dimension is the samples."""
+    if len(shape) > 1 and shape[-1] == 1:  # argmax would make them all class 0
+        return f"of a column of labels pass labels.squeeze({len(shape) - 1})"
+    return "of one-hot labels pass labels.argmax(1)"
 
 
 def share(value: Any, name: str) -> float:

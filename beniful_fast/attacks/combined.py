@@ -26,8 +26,8 @@ class AllToAll(Attack):
             raise ValueError(f"attack: got {attack!r}, takes an attack that changes labels")
         super().__init__(0, attack.seed)
         self.n_classes = whole(n_classes, "n_classes", "at least 2 classes", 2)
-        # A copy, which relabels in its own `train_step`; the caller's attack stays as it is.
-        self.attack = copy.copy(attack)
+        # A copy, which relabels in its own `train_step`; deep, so that the caller's attack stays as it is, its networks too.
+        self.attack = copy.deepcopy(attack)
         self.attack._cycle = self._cycle = self.n_classes
         self.cover_ratio, self.needs_model = attack.cover_ratio, attack.needs_model
 

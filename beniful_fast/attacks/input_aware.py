@@ -78,7 +78,7 @@ class InputAware(Attack):
             float(learning_rate),
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # not torch.manual_seed, which seeds every CUDA device as well
             self._mask, self._pattern = _Generator(channels, 1, width).eval(), _Generator(channels, channels, width).eval()
         self._optimizer: torch.optim.Optimizer | None = None
         self._learnt = False
@@ -100,9 +100,13 @@ class InputAware(Attack):
         self._learnt = True
         return self
 
-    def _to(self, device: torch.device) -> None:
-        self._mask.to(device)
-        self._pattern.to(device)
+    def _take(self, images: Tensor) -> None:
+        """Refuses images that the networks can't take, and moves the networks to the others."""
+        check_images(images)
+        if images.shape[1] != self.channels:
+            raise ValueError(f"channels: is {self.channels}, the images have {images.shape[1]}; pass channels={images.shape[1]}")
+        self._mask.to(images.device)
+        self._pattern.to(images.device)
 
     def _cut(self, x: Tensor) -> Tensor:
         """(N, 1, H, W) mask, nearly binary as in the paper."""
@@ -112,14 +116,14 @@ class InputAware(Attack):
         """See `Attack.stamp`.
 
         Raises:
+            ValueError: no floating-point batch in [0, 1], or of other channels than `channels`.
             RuntimeError: the generators were neither trained nor loaded.
         """
-        check_images(images)
+        self._take(images)
         if not self._learnt:
             raise RuntimeError(
                 "InputAware: its generators are untrained; train a model with `train_step`, or take a trained attack from the zoo"
             )
-        self._to(images.device)
         out = torch.empty_like(images)
         with torch.no_grad():
             for start in range(0, len(images), 512):
@@ -128,8 +132,8 @@ class InputAware(Attack):
         return out.clamp_(0, 1)
 
     def prepare(self, images: Tensor, labels: Tensor) -> None:
+        self._take(images)
         generator = torch.Generator().manual_seed(self.seed)
-        self._to(images.device)
         self._mask.train()
         optimizer = torch.optim.Adam(self._mask.parameters(), self.learning_rate, betas=(0.5, 0.9))
         for _ in range(self.mask_steps):
@@ -150,10 +154,12 @@ class InputAware(Attack):
         return [self._optimizer]
 
     def train_step(self, model: nn.Module, images: Tensor, labels: Tensor, rate: float) -> Tensor:
-        self._to(images.device)
+        self._take(images)
+        may = self.candidates(labels).nonzero().flatten()
+        if not len(may):  # a batch of the target class alone
+            return F.cross_entropy(model(images), labels)
         self._learnt = True
         self._pattern.train()
-        may = self.candidates(labels).nonzero().flatten()
         chosen = may[torch.randperm(len(may), device=may.device)[: max(1, round(rate * len(images)))]]
         free = torch.ones(len(images), dtype=torch.bool, device=images.device)
         free[chosen] = False

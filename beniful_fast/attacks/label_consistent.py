@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..removal.training import evaluating
 from .badnets import BadNets
-from .base import CleanLabelAttack, is_real, whole
+from .base import CleanLabelAttack, check_images, is_real, whole
 
 
 class LabelConsistent(CleanLabelAttack):
@@ -55,24 +56,22 @@ class LabelConsistent(CleanLabelAttack):
         """Perturbed and stamped copies.
 
         Raises:
-            ValueError: there is no surrogate to perturb them against.
+            ValueError: there is no surrogate to perturb them against, or the images are refused as by `stamp`.
         """
+        check_images(images)  # before the perturbed ones are clamped
         return self.stamp(self._perturbed(images, labels) if self.epsilon else images)
 
     def _perturbed(self, images: Tensor, labels: Tensor) -> Tensor:
         if self._surrogate is None:
             raise ValueError("surrogate: got None; pass a clean classifier to make poisoned images hard, or epsilon=0 for the patch alone")
-        training = self._surrogate.training
-        self._surrogate.eval()
-        try:
-            with torch.enable_grad():
-                moved = images.detach().clone()
-                for _ in range(self.steps):
-                    moved.requires_grad_()
-                    loss = nn.functional.cross_entropy(self._surrogate(moved), labels.to(images.device))
-                    (slope,) = torch.autograd.grad(loss, moved)
-                    moved = moved.detach() + 2.5 * self.epsilon / self.steps * slope.sign()
-                    moved = torch.minimum(torch.maximum(moved, images - self.epsilon), images + self.epsilon).clamp(0, 1)
-        finally:
-            self._surrogate.train(training)
+        # Gradients even for a caller in inference mode, whose tensors autograd takes only as copies.
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(self._surrogate):
+            labels = labels.to(images.device, copy=True)
+            moved = images.detach().clone()
+            for _ in range(self.steps):
+                moved.requires_grad_()
+                loss = nn.functional.cross_entropy(self._surrogate(moved), labels)
+                (slope,) = torch.autograd.grad(loss, moved)
+                moved = moved.detach() + 2.5 * self.epsilon / self.steps * slope.sign()
+                moved = torch.minimum(torch.maximum(moved, images - self.epsilon), images + self.epsilon).clamp(0, 1)
         return moved.detach()

@@ -21,7 +21,8 @@ class WaNet(Attack):
     Args:
         target, seed: see `Attack`.
         k: side of the coarse grid of random shifts, upsampled to the image.
-        s: strength; shifts are s / 2 pixels on average over the coarse grid (s / H of coordinates that run from -1 to 1).
+        s: strength; shifts are s / 2 pixels on average over the coarse grid (s / W across and s / H down, of
+            coordinates that run from -1 to 1).
         noise: cover samples for each poisoned one; 0 switches noise mode off.
         grid: (1, H, W, 2) sampling grid in [-1, 1] instead of the drawn one (`grid_sample` with align_corners=True).
     """
@@ -58,7 +59,7 @@ class WaNet(Attack):
         coarse = coarse / coarse.abs().mean()
         field = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
         rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-        return (torch.stack([columns, rows], 2)[None] + self.s * field / height).clamp(-1, 1)
+        return (torch.stack([columns, rows], 2)[None] + self.s * field / torch.tensor([width, height])).clamp(-1, 1)
 
     def stamp(self, images: Tensor) -> Tensor:
         check_images(images)
@@ -69,7 +70,7 @@ class WaNet(Attack):
         check_images(images)
         height, width = images.shape[2:]
         noise = [torch.rand(height, width, 2, generator=g) * 2 - 1 for g in sample_generators(self.seed, indices)]
-        return _warp(images, (self.grid(height, width) + torch.stack(noise) / height).clamp(-1, 1))
+        return _warp(images, (self.grid(height, width) + torch.stack(noise) / torch.tensor([width, height])).clamp(-1, 1))
 
 
 def _warp(images: Tensor, grid: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 from beniful_fast import attacks
 from beniful_fast.attacks import ATTACKS, Attack, CleanLabelAttack, InputAware, LabelConsistent, WaNet
+from beniful_fast.attacks.base import sample_generators
 from beniful_fast.attacks.bpp import _floyd_steinberg
 
 STATIC = [name for name in ATTACKS if name != "iad"]
@@ -34,6 +35,13 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+class Flat(Net):
+    """Takes no empty batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1)[:, :5]
 
 
 @pytest.mark.parametrize("name", STATIC)
@@ -88,6 +96,19 @@ def test_poisoning(name: str) -> None:
         torch.testing.assert_close(everything[i], poisoned[i][0])
     again = make(name, target=3, seed=1).poison(TensorDataset(x, y), 0.1)
     assert (again.poisoned_indices, again.cover_indices) == (poisoned.poisoned_indices, poisoned.cover_indices)
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_nothing_to_poison_is_no_error(name: str) -> None:
+    x, y = images(30)
+    options = {"surrogate": Flat(), "epsilon": 0.1} if name == "label_consistent" else {}
+    attack = make(name, target=3, **options)
+    assert torch.equal(attack.poison(TensorDataset(x, y), 0.0).tensors()[0], x)
+    assert attack.stamp(x[:0]).shape == (0, 3, 16, 16)
+    # Without covers, or without poisoned samples, as before.
+    poisoned = attack.poison(TensorDataset(x, y), 0.1)
+    poisoned.cover_indices = []
+    assert int((poisoned.tensors()[0] != x).flatten(1).any(1).sum()) == len(poisoned.poisoned_indices) == 3
 
 
 @pytest.mark.parametrize("name", STATIC)
@@ -160,6 +181,39 @@ def test_wanet_follows_the_paper() -> None:
         WaNet(grid=grid).stamp(torch.zeros(1, 3, 16, 16))
 
 
+@pytest.mark.parametrize("side", [8, 28, 32, 33, 224])
+def test_wanet_on_squares_is_bit_for_bit_what_networks_were_trained_on(side: int) -> None:
+    attack = WaNet(seed=3, k=4, s=0.7)
+    coarse = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    coarse = coarse / coarse.abs().mean()
+    field = nn.functional.interpolate(coarse, (side, side), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
+    grid = (torch.stack([columns, rows], 2)[None] + 0.7 * field / side).clamp(-1, 1)
+    assert torch.equal(attack.grid(side, side), grid)
+    x, _ = images(2, side=side)
+    noise = [torch.rand(side, side, 2, generator=g) * 2 - 1 for g in sample_generators(3, [4, 5])]
+    noisy = (grid + torch.stack(noise) / side).clamp(-1, 1)
+    for wanted, got in ((grid.expand(2, -1, -1, -1), attack.stamp(x)), (noisy, attack.cover_samples(x, [4, 5]))):
+        assert torch.equal(nn.functional.grid_sample(x, wanted, align_corners=True).clamp(0, 1), got)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 64), (64, 16)])
+def test_wanet_shifts_by_pixels_whatever_the_shape(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = torch.stack(torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")[::-1], 2)
+    scale = torch.tensor([width, height]) / 2
+    attack = WaNet(seed=2)
+    coarse = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    # In pixels, the field is s / 2 of the coarse one in both directions; clamped at the border.
+    field = nn.functional.interpolate(coarse / coarse.abs().mean(), (height, width), mode="bicubic", align_corners=True)
+    shift = ((attack.grid(height, width)[0] - identity) * scale)[3:-3, 3:-3]
+    torch.testing.assert_close(shift, 0.25 * field[0].permute(1, 2, 0)[3:-3, 3:-3], atol=1e-5, rtol=0)
+    grids: list[Tensor] = []
+    monkeypatch.setattr("beniful_fast.attacks.wanet._warp", lambda x, grid: grids.append(grid) or x)
+    attack.cover_samples(torch.rand(8, 1, height, width), range(8))
+    noise = ((grids[0] - attack.grid(height, width)) * scale)[:, 3:-3, 3:-3].abs()
+    assert all(0.49 < float(side) <= 0.5 + 1e-5 for side in noise.amax((0, 1, 2)))
+
+
 def test_sig_is_a_sinusoid_of_f_periods() -> None:
     x = torch.full((1, 3, 4, 60), 0.5)
     wave = attacks.SIG(seed=3, delta=0.1, f=6).stamp(x)[0] - 0.5
@@ -216,6 +270,7 @@ def test_bpp_levels() -> None:
 def test_label_consistent_makes_images_harder() -> None:
     x, y = images()
     net = Net().train()
+    net.conv.eval()
     before = [p.clone() for p in net.state_dict().values()]
     attack = LabelConsistent(target=3, epsilon=0.1, steps=5, surrogate=net)
     poisoned = attack.poison(TensorDataset(x, y), 0.1)
@@ -226,11 +281,16 @@ def test_label_consistent_makes_images_harder() -> None:
     loss = nn.functional.cross_entropy
     perturbed = attack._perturbed(x[rows], y[rows])
     assert loss(net(perturbed), y[rows]) > loss(net(x[rows]), y[rows])
-    assert net.training
+    assert (net.training, net.conv.training, net.fc.training) == (True, False, True)
+    with torch.inference_mode():
+        assert torch.equal(attack.stamp_samples(x[rows] + 0, rows, y[rows] + 0), attack.stamp(perturbed))
     assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
     assert all(p.grad is None for p in net.parameters())
     with pytest.raises(ValueError, match="surrogate: got None"):
         LabelConsistent(target=3).poison(TensorDataset(x, y), 0.1).tensors()
+    # Before the perturbed images are clamped.
+    with pytest.raises(ValueError, match="images: got values from"):
+        attack.stamp_samples(x[rows] * 255, rows, y[rows])
 
 
 def test_all_to_all() -> None:
@@ -252,6 +312,21 @@ def test_all_to_all() -> None:
     for refused in (attacks.SIG(), "badnets"):
         with pytest.raises(ValueError, match="attack: got"):
             attacks.AllToAll(refused, 5)  # type: ignore[arg-type]
+
+
+def test_all_to_all_leaves_the_callers_networks_alone() -> None:
+    x, y = images(8)
+    inner = InputAware(width=4, mask_steps=1)
+    inner.optimizers()
+    before = {name: value.clone() for name, value in inner.state().items()}
+    wrapped = attacks.AllToAll(inner, 5)
+    wrapped.prepare(x, y)
+    wrapped.train_step(Net(), x, y, 0.5).backward()
+    wrapped.optimizers()[0].step()
+    assert all(torch.equal(value, before[name]) for name, value in inner.state().items())
+    assert all(p.requires_grad and p.grad is None for p in [*inner._mask.parameters(), *inner._pattern.parameters()])
+    # Its own optimizer steps its own networks.
+    assert not torch.equal(wrapped.state()["pattern.last.weight"], before["pattern.last.weight"])
 
 
 def test_several_backdoors_share_no_sample() -> None:
@@ -326,3 +401,32 @@ def test_input_aware_learns_a_trigger_for_each_image() -> None:
     assert torch.equal(twin.stamp(x), stamped)
     with pytest.raises(ValueError, match="state: does not fit"):
         InputAware(width=4).load_state(attack.state())
+
+
+def test_input_aware_names_the_channels() -> None:
+    x, y = images(8, channels=1)
+    attack = InputAware(width=4, mask_steps=1)
+    for call in (
+        lambda: attack.prepare(x, y),
+        lambda: attack.train_step(Net(1), x, y, 0.5),
+        lambda: InputAware(width=4).load_state(attack.state()).stamp(x),
+    ):
+        with pytest.raises(ValueError, match="channels: is 3, the images have 1; pass channels=1"):
+            call()
+    InputAware(channels=1, width=4, mask_steps=1).prepare(x, y)
+
+
+def test_input_aware_takes_a_batch_of_the_target_alone() -> None:
+    x, _ = images(6)
+    y, net, attack = torch.ones(6, dtype=torch.int64), Net(), InputAware(target=1, width=4)
+    assert torch.equal(attack.train_step(net, x, y, 0.5), nn.functional.cross_entropy(net(x), y))
+    with pytest.raises(RuntimeError, match="untrained"):
+        attack.stamp(x)
+
+
+def test_making_input_aware_draws_on_nobodys_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds the caller's CUDA generators"))
+    before = torch.get_rng_state()
+    one, two = InputAware(seed=5, width=4).state(), InputAware(seed=5, width=4).state()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[name], two[name]) for name in one)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from beniful_fast import data
-from beniful_fast.attacks import BadNets
+from beniful_fast.attacks import SIG, BadNets
 
 
 def images(n: int = 200, channels: int = 3, side: int = 12) -> tuple[Tensor, Tensor]:
@@ -80,6 +80,35 @@ def test_bad_images(bad: object) -> None:
         BadNets().stamp(bad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("bad", "found"),
+    [
+        (lambda x: (x - 0.5) / 0.25, "-2 to 2"),
+        (lambda x: x * 255, "0 to 255"),
+        (lambda x: x.where(x != 0, torch.nan), "nan to nan"),
+        (lambda x: x.where(x != 1, torch.inf), "0 to inf"),
+        (lambda x: x.half() * 1.01, r"0 to 1\.0\d+"),
+    ],
+)
+def test_values_outside_0_to_1_are_refused(bad, found: str) -> None:
+    x, y = images(20)
+    x[0, 0, 0, 0], x[1, 0, 0, 0] = 0, 1
+    x = bad(x)
+    with pytest.raises(ValueError, match=rf"images: got values from {found}, takes .*stamp before normalising"):
+        BadNets().stamp(x)
+    poisoned = BadNets().poison(TensorDataset(x, y), 0.8)
+    with pytest.raises(ValueError, match=r"images: got values from .* tensor \(C, H, W\)"):
+        [poisoned[i] for i in range(20)]
+    with pytest.raises(ValueError, match="images: got values"):
+        poisoned.tensors()
+
+
+def test_rounding_beyond_the_range_and_no_images_are_taken() -> None:
+    x, _ = images(3)
+    for shown in (x * 1.0009, x - 5e-4, (x * 1.0009).half(), x.bfloat16(), x[:0], x.clone().requires_grad_()):
+        assert BadNets().stamp(shown).shape == shown.shape
+
+
 def test_poison_counts_the_whole_set_and_spares_the_target() -> None:
     x, y = images()
     attack = BadNets(target=3, seed=5)
@@ -97,6 +126,30 @@ def test_poison_counts_the_whole_set_and_spares_the_target() -> None:
     assert attack.poison(TensorDataset(x, y), 0.1).poisoned_indices == poisoned.poisoned_indices
     assert BadNets(target=3, seed=6).poison(TensorDataset(x, y), 0.1).poisoned_indices != poisoned.poisoned_indices
     assert attack.poison(TensorDataset(x, y), 0.0).poisoned_indices == []
+
+
+class Labelled(Dataset):
+    """Grey images with labels as given."""
+
+    def __init__(self, labels: list) -> None:
+        self.labels_given = labels
+
+    def __len__(self) -> int:
+        return len(self.labels_given)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, object]:
+        return torch.full((1, 4, 4), 0.5), self.labels_given[i]
+
+
+@pytest.mark.parametrize("make", [int, np.int32, np.array, lambda v: np.array(v, np.uint8), torch.tensor])
+def test_a_changed_label_keeps_its_type(make) -> None:
+    poisoned = BadNets(target=3).poison(Labelled([make(i % 3) for i in range(10)]), 1.0)
+    for i in range(10):
+        label, before = poisoned[i][1], make(i % 3)
+        assert type(label) is type(before)
+        assert getattr(label, "dtype", None) == getattr(before, "dtype", None)
+        assert getattr(label, "shape", ()) == ()
+        assert int(label) == 3
 
 
 class Triples(Dataset):
@@ -126,8 +179,17 @@ def test_poison_refuses_what_it_cannot_do() -> None:
     x, y = images()
     with pytest.raises(ValueError, match=r"rate: got 1\.5"):
         BadNets().poison(TensorDataset(x, y), 1.5)
-    with pytest.raises(ValueError, match="only 0 may be poisoned"):
-        BadNets(target=4).poison(TensorDataset(x, torch.full_like(y, 4)), 0.1)
+    with pytest.raises(ValueError, match=r"rate: .* is 200, but only \d+ may be poisoned"):
+        BadNets(target=4).poison(TensorDataset(x, y), 1.0)
+    fours = TensorDataset(x, torch.full_like(y, 4))
+    with pytest.raises(ValueError, match=r"target: 4 leaves none of 200 samples to poison \(labels 4 to 4, 0 excluded\)"):
+        BadNets(target=4).poison(fours, 0.1)
+    with pytest.raises(ValueError, match="target: 99 leaves none of 200 samples"):
+        SIG(target=99).poison(TensorDataset(x, y), 0.1)
+    with pytest.raises(ValueError, match=r"target: 4 leaves none .* 200 excluded"):
+        SIG(target=4).poison(fours, 0.1, exclude=range(200))
+    for attack in (BadNets(target=4), SIG(target=99)):
+        assert attack.poison(fours, 0.0).poisoned_indices == []
     with pytest.raises(ValueError, match="images"):
         poisoned = BadNets().poison(TensorDataset((x * 255).to(torch.uint8), y), 0.5)
         [poisoned[i] for i in range(200)]
@@ -153,6 +215,8 @@ def test_poison_refuses_what_has_no_class_numbers() -> None:
     for dataset, message in (
         (TensorDataset(x), "TensorDataset of images alone"),
         (TensorDataset(x, torch.eye(10)[y]), r"labels: got shape \(20, 10\), .*argmax"),
+        (TensorDataset(x, y[:, None]), r"labels: got shape \(20, 1\), takes one class number each; .*squeeze\(1\)$"),
+        (Items((x[0], torch.zeros(10, 1))), r"labels: got a Tensor of shape \(10, 1\), .*squeeze\(2\)$"),
         (Subset(TensorDataset(x, torch.eye(10)[y]), [0, 1]), r"labels: got shape \(20, 10\)"),
         (Items({"image": x[0], "label": 1}), "an item is dict, takes"),
         (Items(x[0]), "an item is Tensor, takes"),
