@@ -9,12 +9,18 @@ original records. The VAE sees public images only, other ones than members and n
 ratio at which the loss and the entropy attack are both within 0.50 +- 0.02, means over seeds. Shadow models and LiRA attack the undefended
 network, ratio 0 and the chosen one (the largest, if there is none), with shadows of the whole defended pipeline. The noise comes from a
 seed here, to be reproducible.
+
+What takes long is kept in build/privacy by what it depends on: autoencoders, and the logits of each target and shadow as soon as it is
+trained, so that a killed run goes on where it was. After a change to the code of training or of a defence, delete that folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
+import inspect
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beniful_fast import data
+from beniful_fast import data, files
 from beniful_fast.data.base import need
 from beniful_fast.evaluation.cells import Cell, Cells
 from beniful_fast.evaluation.training import Recipe, train
@@ -43,7 +49,7 @@ from beniful_fast.privacy.membership import logits_of
 
 ROOT = Path(__file__).resolve().parent
 FOLDER = ROOT / "results" / "privacy"
-BUILT = ROOT.parent / "build" / "privacy"  # trained VAEs, which the same seed gives again
+BUILT = ROOT.parent / "build" / "privacy"  # of what the same seeds give again
 RATIOS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 NEAR_GUESSING = 0.02
 SHADOWS = 8
@@ -133,10 +139,17 @@ def _read(source: data.ImageDataset, rows: Tensor) -> tuple[Tensor, Tensor]:
 def vae_of(name: str, seed: int) -> tuple[ConvVAE, float]:
     """The VAE of the public images, and R^2 on the members; CIFAR-10's takes minutes, so it is kept."""
     setting, records = SETTINGS[name], pool(name, seed)
-    file = BUILT / f"{name}-k{setting.latent}-e{setting.vae_epochs}-n{setting.public}-s{seed}.safetensors"
-    if not file.is_file():
+    options = {"latent": setting.latent, "epochs": setting.vae_epochs, "seed": seed}
+    standard = {option: inspect.signature(fit_conv_vae).parameters[option].default for option in ("width", "beta", "lr", "batch")}
+    # Which rows are public depends on the members: a VAE that saw this pool's members must not be called public.
+    rows = hashlib.sha256(records.public.numpy().tobytes()).hexdigest()
+    source = json.dumps({"dataset": name, "members": setting.members, "public": rows, **options, **standard})
+    words = f"{name}-m{setting.members}-n{setting.public}-k{setting.latent}-e{setting.vae_epochs}-s{seed}"
+    file = BUILT / f"{words}-{hashlib.sha256(source.encode()).hexdigest()[:10]}.safetensors"
+    if not file.is_file() or ConvVAE.load(file).source != source:
         file.parent.mkdir(parents=True, exist_ok=True)
-        made, _ = fit_conv_vae(records.public, latent=setting.latent, epochs=setting.vae_epochs, seed=seed, trained_on="public")
+        made, _ = fit_conv_vae(records.public, trained_on="public", **options)
+        made.source = source
         made.save(file)
     vae = ConvVAE.load(file)
     x = records.images[records.member]
@@ -184,8 +197,24 @@ def pipeline(name: str, defence: str, level: float | None, pool_seed: int) -> Ca
     return run
 
 
+def key_of(name: str, defence: str, level: float | None, seed: int) -> dict[str, Any]:
+    """What a network depends on; DP-SGD's recipe for DP-SGD only, so that another one leaves the others alone."""
+    setting = {k: v for k, v in asdict(SETTINGS[name]).items() if k not in ("seeds", "dp_eps") and (defence == "dp_sgd" or k[:3] != "dp_")}
+    return {"dataset": name, "defence": defence, "level": level, "seed": seed, "setting": setting}
+
+
+def kept(name: str, defence: str, level: float | None, seed: int) -> Path:
+    """The folder of the target's logits and its shadows'."""
+    return BUILT / Cell("networks", key_of(name, defence, level, seed), dict).name
+
+
 def target(name: str, defence: str, level: float | None, seed: int) -> tuple[Tensor, dict[str, Any]]:
-    """The defended network's logits on the pool, and its figures."""
+    """The defended network's logits on the pool, and its figures; trained once for `curve` and `with_shadows`."""
+    file, key = kept(name, defence, level, seed) / "target.safetensors", json.loads(json.dumps(key_of(name, defence, level, seed)))
+    if file.is_file():
+        tensors, meta = files.read(file, "Target", 1)
+        if meta["key"] == key:
+            return tensors["logits"], meta["figures"]
     records = pool(name, seed)
     inside = records.member
     net = pipeline(name, defence, level, seed)(make(name, seed), records.images[inside], records.labels[inside], seed)
@@ -195,6 +224,8 @@ def target(name: str, defence: str, level: float | None, seed: int) -> tuple[Ten
     if defence == "vae":
         found["r2"] = vae_of(name, seed)[1]
         found["eps"] = mechanism(name, level, seed, seed).eps if level else None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.write(file, "Target", 1, {"logits": logits}, {"key": key, "figures": found})
     return logits, found
 
 
@@ -211,17 +242,22 @@ def with_shadows(name: str, defence: str, level: float | None, seed: int) -> dic
     records = pool(name, seed)
     logits, _ = target(name, defence, level, seed)
     shadows = train_shadows(
-        lambda own: make(name, own), (records.images, records.labels), SHADOWS, pipeline(name, defence, level, seed), seed=seed + 1
+        lambda own: make(name, own),
+        (records.images, records.labels),
+        SHADOWS,
+        pipeline(name, defence, level, seed),
+        seed=seed + 1,
+        folder=kept(name, defence, level, seed),
+        settings=key_of(name, defence, level, seed),
+        progress=lambda done, n: print(f"  shadow {done} of {n}", flush=True),
     )
     attacks = {"shadow": shadow_models, "lira": lira}
     return {key: attack(logits, records.member, shadows, seed=seed).as_dict() for key, attack in attacks.items()}
 
 
 def cell(kind: str, name: str, defence: str, level: float | None, seed: int) -> Cell:
-    """A cell's key holds what its defence depends on, so that another DP-SGD recipe leaves the other cells alone."""
-    setting = {k: v for k, v in asdict(SETTINGS[name]).items() if k not in ("seeds", "dp_eps") and (defence == "dp_sgd" or k[:3] != "dp_")}
-    more = {"shadows": SHADOWS} if kind == "shadows" else {}
-    key = {"dataset": name, "defence": defence, "level": level, "seed": seed, "setting": setting, **more}
+    """The attacks on one network, without shadows ("curve") or with them ("shadows")."""
+    key = key_of(name, defence, level, seed) | ({"shadows": SHADOWS} if kind == "shadows" else {})
     function = {"curve": curve, "shadows": with_shadows}[kind]
     return Cell(kind, key, lambda: function(name, defence, level, seed))
 

@@ -57,6 +57,15 @@ def fast_bfloat16(device: torch.device) -> bool:
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
+def one_cycle(optimizer: torch.optim.Optimizer, peak: float, total_steps: int, warm_up: float) -> torch.optim.lr_scheduler.OneCycleLR:
+    """torch's one-cycle schedule for any number of steps; `warm_up` is the share of them in which the rate rises."""
+    total_steps = max(total_steps, 2)  # a step alone would get the rate of the cycle's end, 4e-6 of the peak's
+    if warm_up * total_steps == 1:
+        # torch divides by the warm-up's length, which is 0 here: a touch less leaves it away, and the first step has the peak's rate.
+        warm_up *= 1 - 1e-9
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=total_steps, pct_start=warm_up)
+
+
 def train(
     net: nn.Module,
     images: Tensor,
@@ -114,9 +123,7 @@ def _run(
     forward = torch.compile(net) if device.type == "cuda" and attack is None else net
     optimizer = _optimizer(net, recipe)
     steps = math.ceil(len(images) / recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, optimizer.param_groups[0]["lr"], total_steps=recipe.epochs * steps, pct_start=0.25
-    )
+    schedule = one_cycle(optimizer, optimizer.param_groups[0]["lr"], recipe.epochs * steps, 0.25)
     history = []
     for epoch in range(recipe.epochs):
         start, total = time.perf_counter(), torch.zeros((), device=device)

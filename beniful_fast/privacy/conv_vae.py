@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from .. import files
 from ..batches import check_images
+from ..evaluation.training import one_cycle
 from ..removal.data import read_images
 from .accountant import check_trained_on
+from .release import check_pixels
 
 KIND, VERSION = "ConvVAE", 1
 LEAST_SIDE, GRID = 8, 4
@@ -153,7 +155,7 @@ def fit_conv_vae(
         depend on the image) gives a RuntimeWarning.
 
     Raises:
-        ValueError: an argument out of range, too few images, pixels outside [0, 1].
+        ValueError: an argument out of range, too few images, pixels that are NaN or outside [0, 1].
         RuntimeError: training diverged.
     """
     check_trained_on(trained_on)
@@ -166,10 +168,7 @@ def fit_conv_vae(
     check_images(x, "images")
     if x.dim() != 4 or len(x) < MINIMUM:
         raise ValueError(f"images: got shape {tuple(x.shape)}, takes (N, C, H, W) with at least {MINIMUM} images")
-    if not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError(
-            f"images: got pixels from {float(x.min()):.3g} to {float(x.max()):.3g}, takes [0, 1]; load them without mean and std"
-        )
+    check_pixels(x, "images")
     device = x.device if device is None else torch.device(device)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         # Of the CPU's generator alone: torch.manual_seed would reseed the accelerator's as well.
@@ -222,7 +221,7 @@ def _train(
     pixels = math.prod(vae.image_shape)
     steps = epochs * math.ceil(len(rows) / batch)
     optimizer = torch.optim.Adam(vae.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.2)
+    schedule = one_cycle(optimizer, lr, steps + 1, 0.2)
     vae.train()
     for epoch in range(epochs):
         total = torch.zeros((), device=x.device)

@@ -17,6 +17,7 @@ from ..data.base import need
 from ..logits import find_logits, two_logits
 from ..removal.data import read_labelled
 from .accountant import check_positive
+from .membership import logits_of
 
 # Gradients are kept for each sample, so memory grows with the batch; larger ones are summed up in pieces.
 PHYSICAL_BATCH = 128
@@ -71,7 +72,8 @@ def train_dp_sgd(
         progress: called after each epoch with (epoch, epochs, mean loss).
 
     Raises:
-        ValueError: an argument out of range, or layers that mix samples (BatchNorm); the message names the layer and the cure.
+        ValueError: an argument out of range, labels beyond the model's classes, or layers that mix samples (BatchNorm); the message names
+            the layer and the cure.
         ModuleNotFoundError: Opacus is missing; the message names the extra.
     """
     engine, validators = need("opacus", "privacy"), need("opacus.validators", "privacy")
@@ -93,6 +95,13 @@ def train_dp_sgd(
     images, labels = read_labelled(data, "data")
     if not 0 < delta < 1 / len(labels):
         raise ValueError(f"delta: got {delta}, takes a probability below 1 / {len(labels)} records")
+    with torch.random.fork_rng(devices=[]):
+        classes = logits_of(copied, images[:1]).shape[1]
+    if int(labels.max()) >= classes:
+        raise ValueError(
+            f"data: got labels up to {int(labels.max())}, the model has {classes} classes, takes labels 0..{classes - 1}; "
+            "number the labels from 0 on, or build the model with more classes"
+        )
     device = next(copied.parameters()).device
     generator, noise = torch.Generator(), torch.Generator(device)
     for one in (generator, noise):

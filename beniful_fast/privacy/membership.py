@@ -85,6 +85,7 @@ def loss_threshold(outputs: Outputs, labels: Tensor, member: Tensor, *, seed: in
         seed: of the halves and of the bootstrap.
 
     Raises:
+        TypeError: outputs that are neither a tensor nor such a pair.
         ValueError: lengths that do not agree, NaN, fewer than 10 members or non-members.
         ModuleNotFoundError: scikit-learn is missing; the message names the extra.
     """
@@ -123,6 +124,12 @@ def logits_of(model: nn.Module, images: Any) -> Tensor:
 
 def judged(outputs: Outputs, labels: Tensor, member: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (N, C) float64, labels (N,) and membership (N,), checked, on the CPU."""
+    pair = isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], nn.Module)
+    if not pair and not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"outputs: got {type(outputs).__name__}, takes a tensor of logits (N, C), or a pair (model, images); of an array or a list "
+            "pass torch.as_tensor(outputs)"
+        )
     logits = logits_of(*outputs) if isinstance(outputs, tuple) else outputs.detach().cpu()
     if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
         raise ValueError(f"outputs: got {logits.dtype} of shape {tuple(logits.shape)}, takes logits (N, C), or a pair (model, images)")

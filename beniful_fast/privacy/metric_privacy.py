@@ -15,6 +15,9 @@ from torch import Tensor
 from .accountant import Accountant, Guarantee, check_positive
 from .release import Release, code_norms, release
 
+# Rows whose noise is drawn together: smaller ones cost more a row, larger ones cost more for a piece of a few rows.
+BLOCK = 64
+
 
 class Perturbed(NamedTuple):
     """Codes with noise (n, k) float32, and the clipped codes' l2 norms and whether each was clipped, both (n,)."""
@@ -93,7 +96,7 @@ class MetricPrivacy:
         """(n, k) float32 noise, computed in float64; every call draws afresh, torch's and NumPy's global generators are left alone.
 
         Raises:
-            ValueError: `n` below 0 or `k` below 1.
+            ValueError: `n` below 0 or `k` below 1, or an eps so small that float32 does not hold its noise.
         """
         if n < 0 or k < 1:
             raise ValueError(f"n, k: got {n}, {k}, takes n >= 0 rows of k >= 1 dimensions")
@@ -103,7 +106,7 @@ class MetricPrivacy:
         """Clips codes (n, k), adds noise, and counts one release of n records whose VAE is unknown: (n, k) float32 on the codes' device.
 
         Raises:
-            ValueError: no (n, k) codes, or NaN or infinite ones.
+            ValueError: no (n, k) codes, NaN or infinite ones, or an eps so small that float32 does not hold its noise.
         """
         z = self._clipped(codes)[0]
         z += torch.from_numpy(self._draw(self._generator, *z.shape))
@@ -117,13 +120,20 @@ class MetricPrivacy:
         be made in pieces, in any order; `accountant.spend` ends it. The same rows must never be made of different codes.
 
         Raises:
-            ValueError: as `perturb`.
+            ValueError: as `perturb`, or `first_row` below 0.
         """
+        if first_row < 0:
+            raise ValueError(f"first_row: got {first_row}, takes a row number from 0 on")
         z, norms, clipped = self._clipped(codes)
-        release = self.accountant.releases
-        for i in range(len(z)):
-            sequence = np.random.SeedSequence(self._entropy, spawn_key=(release, first_row + i))
-            z[i] += torch.from_numpy(self._draw(np.random.default_rng(sequence), 1, z.shape[1])[0])
+        last_row = first_row + len(z)
+        key = np.random.SeedSequence(self._entropy, spawn_key=(self.accountant.releases,)).generate_state(2, np.uint64)
+        for block in range(first_row // BLOCK, -(-last_row // BLOCK)):
+            # The counter's highest word: no block is so long that it would run into the next one's numbers.
+            generator = np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, block], np.uint64)))
+            # All of the block's rows, of which some may be in other pieces: how many numbers a row takes depends on the numbers.
+            noise = torch.from_numpy(self._draw(generator, BLOCK, z.shape[1]))
+            start, stop = max(first_row, block * BLOCK), min(last_row, (block + 1) * BLOCK)
+            z[start - first_row : stop - first_row] += noise[start - block * BLOCK : stop - block * BLOCK]
         return Perturbed(z.float().to(codes.device), norms, clipped)
 
     def release(self, vae: Any, dataset: Any, out: str | os.PathLike[str] | None = None, *, batch_size: int = 256) -> Release:
@@ -164,7 +174,11 @@ class MetricPrivacy:
     def _draw(self, generator: np.random.Generator, n: int, k: int) -> np.ndarray:
         direction = generator.standard_normal((n, k))
         direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-        return direction * (generator.standard_gamma(k, n) / self.eps)[:, None]
+        with np.errstate(over="ignore", invalid="ignore"):
+            noise = direction * (generator.standard_gamma(k, n) / self.eps)[:, None]
+        if not np.abs(noise).max(initial=0.0) <= np.finfo(np.float32).max:
+            raise ValueError(f"eps: got {self.eps!r}, whose noise in {k} dimensions float32 does not hold; takes a larger eps")
+        return noise
 
     def __repr__(self) -> str:
         return f"MetricPrivacy(eps={self.eps:.4g}, clip={self.clip}, {self.accountant.releases} releases)"

@@ -107,7 +107,7 @@ def labelled_batches(data: Any, name: str, batch_size: int) -> Iterator[tuple[Te
             raise ValueError(f"{name}: got {len(x)} images and {len(y)} labels, takes one label an image")
         if bool((y < 0).any()):
             raise ValueError(f"{name}: {int((y < 0).sum())} of the images from row {row} on have no label (-1), takes labelled images")
-        _check_pixels(x, name)
+        check_pixels(x, name)
         row += len(x)
         for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
             if len(images):
@@ -116,7 +116,13 @@ def labelled_batches(data: Any, name: str, batch_size: int) -> Iterator[tuple[Te
         raise ValueError(f"{name}: got no images; the loader, dataset or tensor is empty")
 
 
-def _check_pixels(x: Tensor, name: str) -> None:
+def check_pixels(x: Tensor, name: str) -> None:
+    """Raises ValueError unless all pixels are in [0, 1]."""
+    bad = int((~x.isfinite()).flatten(1).any(1).sum()) if x.is_floating_point() else 0
+    if bad:
+        raise ValueError(
+            f"{name}: {bad} of {len(x)} images hold NaN or infinite pixels, takes finite ones in [0, 1]; leave such images out"
+        )
     if not bool(((x >= 0) & (x <= 1)).all()):
         raise ValueError(
             f"{name}: got pixels from {float(x.min()):.3g} to {float(x.max()):.3g}, takes [0, 1]; load them without mean and std"
@@ -185,7 +191,7 @@ def code_norms(codes: Tensor | tuple[Any, Any], name: str) -> tuple[Tensor, int]
     with hushed(vae), torch.no_grad():
         # Labels are not needed: public images may have none.
         for x, _ in batches(data[0] if isinstance(data, tuple) else data, "dataset", READ_BATCH, keyed=False):
-            _check_pixels(x, "dataset")
+            check_pixels(x, "dataset")
             for part in x.split(READ_BATCH):
                 z = encode(vae, part, "dataset")
                 norms.append(z.double().cpu().norm(dim=1))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import TensorDataset
 
 from beniful_fast.attacks import BadNets, InputAware, Several
@@ -17,7 +18,7 @@ from beniful_fast.evaluation.corruptions import CORRUPTIONS
 from beniful_fast.evaluation.nets import NetSpec, build, obtain
 from beniful_fast.evaluation.networks import NETWORKS, network
 from beniful_fast.evaluation.splits import Splits, load_splits
-from beniful_fast.evaluation.training import Recipe, train
+from beniful_fast.evaluation.training import Recipe, one_cycle, train
 from beniful_fast.features import FeatureTap
 
 SMALL = Recipe(epochs=2, batch_size=64, precision="float32")
@@ -92,6 +93,36 @@ def test_training_learns_and_is_deterministic(digits: Splits) -> None:
     for options, message in (({"epochs": 0}, "recipe: got 0 epochs"), ({"precision": "half"}, "precision: got 'half'")):
         with pytest.raises(ValueError, match=message):
             Recipe(**options)
+
+
+def rates(make, steps: int) -> list[tuple[float, float]]:
+    """Learning rate and momentum of each step."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1, momentum=0.9)
+    schedule, found = make(optimizer), []
+    for _ in range(steps):
+        found.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("warm_up", [0.2, 0.25, 0.5])
+def test_the_schedule_takes_any_number_of_steps_and_is_torchs(warm_up: float) -> None:
+    for steps in range(1, 60):
+        found = rates(lambda optimizer, steps=steps: one_cycle(optimizer, 0.1, steps, warm_up), steps)
+        assert max(rate for rate, _ in found) > 0.05
+        if max(steps, 2) == 1 / warm_up:  # torch divides by zero; without a warm-up the peak comes first
+            assert found[0] == pytest.approx((0.1, 0.85)) and [rate for rate, _ in found] == sorted((r for r, _ in found), reverse=True)
+        elif steps > 1:
+            assert found == rates(lambda o, steps=steps: OneCycleLR(o, 0.1, total_steps=steps, pct_start=warm_up), steps)
+
+
+@pytest.mark.parametrize(("n", "epochs"), [(8, 1), (4, 2), (2, 1)])
+def test_few_steps_train_as_well(n: int, epochs: int) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    before = net[1].weight.detach().clone()
+    train(net, torch.rand(n, 1, 2, 2), torch.arange(n) % 2, recipe=Recipe(epochs, 2, augment=False, precision="float32"))
+    assert float((net[1].weight.detach() - before).abs().max()) > 1e-4
 
 
 def test_an_attack_is_planted_before_training(digits: Splits, monkeypatch) -> None:

@@ -61,6 +61,13 @@ def test_progress_is_told() -> None:
     assert [row[:2] for row in seen] == [(1, 3), (2, 3), (3, 3)] and seen[-1][2] < seen[0][2]
 
 
+@pytest.mark.filterwarnings("ignore:the VAE collapsed")
+@pytest.mark.parametrize("n", [30, 35, 36])
+def test_four_steps_in_all_are_enough(n: int) -> None:
+    """A fifth of the schedule's five is one: a warm-up of no length."""
+    fit_conv_vae(bed.digits()[0][:n], latent=2, width=4, epochs=1)
+
+
 @pytest.mark.parametrize("trained_on", ["public", "private", None])
 def test_files(tmp_path: Path, trained_on: str | None) -> None:
     torch.manual_seed(0)
@@ -109,6 +116,7 @@ def test_what_is_no_file_of_ours(tmp_path: Path) -> None:
         ({"images": torch.rand(30, 1, 4, 4)}, r"image_shape: got \(1, 4, 4\), takes .* at least 8 pixels"),
         ({"images": torch.rand(5, 1, 8, 8)}, "images: got shape .* at least 20 images"),
         ({"images": torch.randn(30, 1, 8, 8)}, r"images: got pixels from .*, takes \[0, 1\]"),
+        ({"images": torch.full((30, 1, 8, 8), torch.nan)}, r"images: 30 of 30 images hold NaN or infinite pixels, takes finite ones"),
     ],
 )
 def test_bad_input(options, message: str) -> None:

@@ -78,6 +78,7 @@ def test_batch_norm_is_refused_by_name() -> None:
         ({"epochs": 0}, "epochs, batch: got 0, 256"),
         ({"delta": 0.1}, "delta: got 0.1, takes a probability below 1 / 100 records"),
         ({"data": torch.rand(10, 1, 8, 8)}, "data: got images without labels"),
+        ({"data": (torch.rand(9, 1, 8, 8), torch.arange(4, 13))}, "data: got labels up to 12, the model has 10 classes, takes labels 0..9"),
     ],
 )
 def test_bad_input(options, message: str) -> None:

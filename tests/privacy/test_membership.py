@@ -156,3 +156,11 @@ GOOD = (torch.randn(40, 3), torch.zeros(40, dtype=torch.int64), torch.arange(40)
 def test_bad_input(changed, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loss_threshold(*(changed.get(i, value) for i, value in enumerate(GOOD)))
+
+
+@pytest.mark.parametrize("outputs", [GOOD[0].numpy(), GOOD[0].tolist(), (GOOD[0], GOOD[1]), (nn.Identity(),)])
+def test_outputs_that_are_no_tensor_are_refused_with_the_cure(outputs) -> None:
+    with pytest.raises(
+        TypeError, match=rf"outputs: got {type(outputs).__name__}, takes a tensor of logits .* pass torch.as_tensor\(outputs\)"
+    ):
+        modified_entropy(outputs, *GOOD[1:])

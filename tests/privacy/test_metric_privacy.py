@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -123,6 +124,46 @@ def test_a_rows_noise_does_not_depend_on_the_batches_but_on_the_release() -> Non
     assert not torch.isclose(mechanism.perturb_rows(codes, 0).codes, whole).any()
 
 
+def test_odd_pieces_from_anywhere_give_the_same_rows() -> None:
+    codes = torch.randn(2000, 3)
+    mechanism = MetricPrivacy(1.0, seed=4)
+    whole = mechanism.perturb_rows(codes, 0)
+    edges = [0, 1, 63, 64, 65, 128, 200, 457, 458, 1000, 1792, 2000]
+    pieces = [mechanism.perturb_rows(codes[a:b], a) for a, b in itertools.pairwise(edges)]
+    assert torch.equal(torch.cat([piece.codes for piece in pieces]), whole.codes)
+    assert torch.equal(mechanism.perturb_rows(codes[777:778], 777).codes, whole.codes[777:778])
+    assert mechanism.perturb_rows(codes[:0], 77).codes.shape == (0, 3)
+    far = mechanism.perturb_rows(codes[:1], 10**12 + 5).codes  # no row is too far
+    assert torch.equal(far, mechanism.perturb_rows(codes[:1].expand(6, 3), 10**12).codes[5:])
+    eta = (whole.codes - codes).double()
+    assert len(eta.unique(dim=0)) == 2000
+    # No row repeats its own place in another block, nor the row before it.
+    for lag in (1, 32, 64, 128, 256):
+        assert abs(float((eta[lag:] * eta[:-lag]).mean() / eta.square().mean())) < 5 / math.sqrt(3 * 1700)
+
+
+def test_rows_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws, draw = [], MetricPrivacy._draw
+    monkeypatch.setattr(MetricPrivacy, "_draw", lambda *args: draws.append(1) or draw(*args))
+    MetricPrivacy(1.0, seed=4).perturb_rows(torch.zeros(6400, 3), 10)
+    assert len(draws) <= 101
+
+
+@pytest.mark.filterwarnings("error")
+def test_noise_that_is_not_finite_is_refused() -> None:
+    for eps in (1e-38, 1e-45, 5e-324):
+        mechanism = MetricPrivacy(eps, seed=0)
+        for call in (mechanism.noise, lambda n, k, own=mechanism: own.perturb(torch.zeros(n, k))):
+            with pytest.raises(
+                ValueError, match=f"eps: got {eps!r}, whose noise in 8 dimensions float32 does not hold; takes a larger eps"
+            ):
+                call(20, 8)
+        with pytest.raises(ValueError, match="eps: got"):
+            mechanism.perturb_rows(torch.zeros(20, 8), 0)
+        assert mechanism.accountant.releases == 0
+    assert bool(MetricPrivacy(1e-30, seed=0).noise(20, 8).isfinite().all())
+
+
 def test_eps_for_a_ratio() -> None:
     codes = torch.randn(500, 8) * 3
     mean = float(codes.double().norm(dim=1).mean())
@@ -145,6 +186,7 @@ def test_eps_must_be_positive(eps: float) -> None:
         (lambda: MetricPrivacy(1.0, clip=0.0), "clip: got 0.0, takes a positive"),
         (lambda: MetricPrivacy(1.0, seed=-1), "seed: got -1, takes a whole number"),
         (lambda: MetricPrivacy(1.0).noise(3, 0), "n, k: got 3, 0"),
+        (lambda: MetricPrivacy(1.0).perturb_rows(torch.zeros(3, 2), -1), "first_row: got -1, takes a row number from 0 on"),
         (lambda: MetricPrivacy(1.0).perturb(torch.zeros(3)), "codes: got torch.float32 of shape"),
         (lambda: MetricPrivacy(1.0).perturb(torch.zeros(3, 2, dtype=torch.int64)), "codes: got torch.int64"),
         (lambda: MetricPrivacy(1.0).perturb(torch.tensor([[0.0, math.nan]])), "1 of 1 codes are NaN"),

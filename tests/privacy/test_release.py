@@ -175,7 +175,7 @@ X, Y = images(10)
         (bed.Corner(), (X, Y - 1), None, r"dataset: 4 of the images from row 0 on have no label \(-1\)"),
         (bed.Corner(), (X, Y[:5]), None, "dataset: got 10 images and 5 labels"),
         (bed.Corner(), (X * 2 - 1, Y), None, r"dataset: got pixels from .*, takes \[0, 1\]; load them without mean and std"),
-        (bed.Corner(), (X * float("nan"), Y), None, "dataset: got pixels from nan"),
+        (bed.Corner(), (X * float("nan"), Y), None, "dataset: 10 of 10 images hold NaN or infinite pixels"),
         (bed.Corner(), (X[:0], Y[:0]), None, "dataset: got no images"),
         (bed.Corner((3, 8, 8)), (X, Y), None, "got images of 1 x 8 x 8, the VAE takes 3 x 8 x 8; load them with channels=3"),
         (bed.Corner((1, 16, 16)), (X, Y), None, r"the VAE takes 1 x 16 x 16; load them with channels=1, size=\(16, 16\)"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from beniful_fast import files
 from beniful_fast.privacy import Shadows, lira, loss_threshold, shadow_models, train_shadows
 
 from . import bed
@@ -124,3 +127,92 @@ def test_bad_input() -> None:
         lira(logits, member, Shadows(shadows.outputs[:2], shadows.labels, shadows.inside[:2]))
     with pytest.raises(ValueError, match="shadows that hold all of the pool"):
         shadow_models(logits, member, Shadows(shadows.outputs, shadows.labels, torch.ones_like(shadows.inside)))
+
+
+def test_shadows_of_wrong_types_are_refused_not_attacked_wrongly() -> None:
+    _, _, shadows = world(1.0, 1.0)
+    good = {"outputs": shadows.outputs, "labels": shadows.labels, "inside": shadows.inside}
+    spoiled = shadows.outputs.clone()
+    spoiled[5, 7] = torch.nan
+    for changed, message in (
+        ({"inside": shadows.inside.to(torch.uint8)}, r"inside: got torch.uint8, takes bool; pass inside.bool\(\)"),
+        ({"inside": shadows.inside.float()}, "inside: got torch.float32, takes bool"),
+        ({"outputs": shadows.outputs.long()}, "outputs: got torch.int64, takes floating-point logits"),
+        ({"outputs": spoiled}, "outputs: shadow 5 has 1 of 1200 rows NaN or infinite"),
+        ({"labels": shadows.labels.float()}, r"labels: got torch.float32, takes whole class numbers; pass labels.long\(\)"),
+        ({"labels": shadows.labels + 1}, r"labels: got 1..2, takes 0..1, the classes"),
+        ({"labels": shadows.labels - 1}, r"labels: got -1..0, takes 0..1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Shadows(**good | changed)
+    for name in good:
+        with pytest.raises(TypeError, match=rf"{name}: got ndarray, takes a tensor; pass torch.as_tensor\({name}\)"):
+            Shadows(**good | {name: good[name].numpy()})
+
+
+POOL = (torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10)
+
+
+def test_a_killed_run_resumes_and_a_folder_can_grow(tmp_path: Path) -> None:
+    ran = []
+
+    def until(stop: int):
+        def train(net: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
+            if len(ran) == stop:
+                raise KeyboardInterrupt
+            ran.append(seed)
+            fit(net, images, labels, seed)
+
+        return train
+
+    options = {"seed": 3, "folder": tmp_path / "new" / "one", "settings": {"epochs": 60, "sizes": (64, 128)}}
+    with pytest.raises(KeyboardInterrupt):
+        train_shadows(linear, POOL, 4, until(3), **options)
+    assert ran == [3001, 3002, 3003] and len(list((tmp_path / "new" / "one").iterdir())) == 3
+    told = []
+    resumed = train_shadows(linear, POOL, 4, until(9), **options, progress=lambda *row: told.append(row))
+    assert ran == [3001, 3002, 3003, 3004] and told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    whole = train_shadows(linear, POOL, 4, fit, seed=3)
+    assert all(torch.equal(getattr(resumed, name), getattr(whole, name)) for name in ("outputs", "labels", "inside"))
+    assert torch.equal(train_shadows(linear, POOL, 2, until(0), **options).outputs, whole.outputs[:2])
+    more = train_shadows(linear, POOL, 6, until(9), **options)
+    assert ran[4:] == [3005, 3006] and torch.equal(more.outputs[:4], whole.outputs)
+
+
+def test_other_shadows_are_refused_not_mixed_in(tmp_path: Path) -> None:
+    options = {"folder": tmp_path, "settings": {"epochs": 60}}
+    train_shadows(linear, POOL, 2, fit, seed=3, **options)
+    x, y = POOL
+    for pool, changed, what in (
+        ((x, y.flip(0)), {}, "data"),
+        ((x * 0.5, y), {}, "data"),
+        (POOL, {"seed": 4}, "seed"),
+        (POOL, {"settings": {"epochs": 61}}, "settings"),
+        (POOL, {"seed": 4, "settings": {}}, "seed and settings"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"folder: .*shadow-0.safetensors is a shadow of other {what}; take another folder, or delete"
+        ):
+            train_shadows(linear, pool, 2, fit, **{"seed": 3} | options | changed)
+    file = tmp_path / "shadow-1.safetensors"
+    tensors, meta = files.read(file, "Shadow", 1)
+    files.write(file, "Shadow", 1, tensors | {"inside": ~tensors["inside"]}, meta)
+    with pytest.raises(ValueError, match=r"shadow-1.safetensors is a shadow of other halves"):
+        train_shadows(linear, POOL, 2, fit, seed=3, **options)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"shadow-1.safetensors: truncated"):
+        train_shadows(linear, POOL, 2, fit, seed=3, **options)
+
+
+def test_what_cannot_be_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="settings: got None with a folder, takes what make_model and train_fn depend on"):
+        train_shadows(linear, POOL, 2, fit, folder=tmp_path)
+    with pytest.raises(TypeError, match=r"settings: .*takes plain JSON values"):
+        train_shadows(linear, POOL, 2, fit, folder=tmp_path, settings={"loss": fit})
+
+    def diverge(net: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
+        nn.init.constant_(net[-1].weight, torch.nan)
+
+    with pytest.raises(ValueError, match="outputs: shadow 0 has 40 of 40 rows NaN"):
+        train_shadows(linear, POOL, 2, diverge, folder=tmp_path, settings={})
+    assert not list(tmp_path.iterdir())
