@@ -22,6 +22,7 @@ RATES = (2e-4, 1e-3)
 AVERAGE = 1e-3  # share of a batch in the moving average of E[exp T]
 PLATEAU, GAIN, MEMORY = 100, 5e-3, 0.95  # a generator is done when its smoothed objective has not gained this in so many steps
 LARGEST = 512  # stamped images that pass the model at once
+LARGEST_NUMBERS = 2**26  # pixels of all channels that are stamped at once
 ASKED = 0.25
 SKIP_FROM = 0.5  # share of saturated samples from which finding them first is cheaper than differentiating them
 
@@ -105,12 +106,12 @@ def fit_staircase(
         labels: (N,) true class numbers. A target's own images do not count.
         targets: classes to learn triggers for.
         betas: ascending thresholds in (0, 1].
-        alpha: weight of the mutual information; 0 collapses a generator to one trigger.
+        alpha: weight of the mutual information, which keeps a generator's triggers apart.
         rule: size and place of a trigger; None is a 3 x 3 square at a random place.
         steps: of each generator at most.
         batch_size: clean images in a step, stamped once for every generator.
         hidden: units of generators and statistics networks.
-        noise: standard deviation of what is added to a trigger on its way to the model, as a share of the pixels' range.
+        noise: standard deviation of what is added to a trigger's numbers, which lie in [0, 1], on its way to the model.
         fast: leave samples that exceed beta already, which have no gradient, out of the backward pass, and stop a generator whose
             objective no longer rises. False takes every step whole, as the authors do.
         precision: None, or "bf16" for autocast of the model.
@@ -190,6 +191,7 @@ class _Fit:
         self.taken = torch.zeros(count, dtype=torch.int64)
         self.smooth, self.best = torch.zeros(count), torch.full((count,), -math.inf)
         self.rose = torch.zeros(count, dtype=torch.int64)
+        self.begun = torch.zeros(count, dtype=torch.bool)
         self.finished: dict[int, dict[str, Tensor]] = {}
         self.saturated, self.backward_images = 0.0, 0
         self.batch_size = min(batch_size, len(data.images))
@@ -222,7 +224,7 @@ class _Fit:
         self.optimizers[0].step()
         gains, told = clipped.cpu(), information.detach().cpu()
         self._judge(gains + self.alpha * told)
-        return float(gains.mean()), float(told.mean())
+        return float(gains.nanmean()), float(told.mean())
 
     def _step_statistics(self, codes: Tensor, others: Tensor, triggers: Tensor, which: Tensor) -> None:
         """MINE's own step: its gradient is unbiased with a moving average of E[exp T] in place of the batch's."""
@@ -242,6 +244,16 @@ class _Fit:
 
     def _success(self, x: Tensor, y: Tensor, triggers: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """Mean clipped softmax (A,) over images of other classes, and its gradient at the triggers (A, N, out)."""
+        n = len(x)
+        # A few generators at a time: the stamped images of all of them may not fit into memory.
+        step = max(1, min(4 * LARGEST, LARGEST_NUMBERS // x[0].numel()) // n)
+        parts = [self._success_of(x, y, *pair) for pair in zip(triggers.split(step), which.split(step), strict=True)]
+        success, gradient, hit, asked = zip(*parts, strict=True)
+        self.saturated = float(sum(hit)) / max(1, int(sum(asked)))
+        return torch.cat(success), torch.cat(gradient)
+
+    def _success_of(self, x: Tensor, y: Tensor, triggers: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same of a few generators, with the counts of saturated and of judged samples."""
         groups, n = len(which), len(x)
         goals, limits = (v[which].repeat_interleave(n) for v in (self.goals, self.limits))
         counts = y.repeat(groups) != goals
@@ -256,10 +268,10 @@ class _Fit:
             # Few samples have a gradient left: a quarter of them is asked, and counts four times.
             rows, shares = rows[torch.rand(len(rows), generator=self.random).to(rows.device) < ASKED], shares * ASKED
             with torch.no_grad():
-                for part in rows.split(LARGEST):
+                for part in _parts(rows):
                     success[part] = self._softmax(images[part], goals[part])
             rows = rows[success[rows] < limits[rows]]
-        for part in rows.split(LARGEST):
+        for part in _parts(rows):
             piece = images[part].requires_grad_()
             found = self._softmax(piece, goals[part])
             (gradient[part],) = torch.autograd.grad((torch.minimum(found, limits[part]) / shares[part]).sum(), piece)
@@ -268,8 +280,7 @@ class _Fit:
         stamped.backward(gradient)
         assert leaf.grad is not None
         asked = ~success.isnan()
-        self.saturated = float((success >= limits).sum() / asked.sum().clamp(min=1))
-        return torch.minimum(success, limits).view(groups, n).nanmean(1), leaf.grad
+        return torch.minimum(success, limits).view(groups, n).nanmean(1), leaf.grad, (success >= limits).sum(), asked.sum()
 
     def _softmax(self, stamped: Tensor, goals: Tensor) -> Tensor:
         return self.net(stamped).softmax(1).gather(1, goals[:, None])[:, 0].float()
@@ -277,12 +288,15 @@ class _Fit:
     def _judge(self, objective: Tensor) -> None:
         """Retires generators whose smoothed objective has come to rest, with their weights of this step."""
         which = self.active.cpu()
-        first = self.taken[which] == 0
         self.taken[which] += 1
-        self.smooth[which] = torch.where(first, objective, MEMORY * self.smooth[which] + (1 - MEMORY) * objective)
-        rose = self.smooth[which] > self.best[which] + GAIN
+        # NaN where the step asked none of a generator's samples: those say nothing.
+        told = ~objective.isnan()
+        moved = torch.where(self.begun[which], MEMORY * self.smooth[which] + (1 - MEMORY) * objective, objective)
+        self.smooth[which] = torch.where(told, moved, self.smooth[which])
+        self.begun[which] |= told
+        rose = told & (self.smooth[which] > self.best[which] + GAIN)
         self.best[which] = torch.where(rose, self.smooth[which], self.best[which])
-        self.rose[which] = torch.where(rose, self.taken[which], self.rose[which])
+        self.rose[which] = torch.where(rose, self.taken[which], self.rose[which] + ~told)
         done = (self.taken[which] - self.rose[which] >= PLATEAU) & self.fast
         for i in which[done].tolist():
             # Adam's momentum would carry it on.
@@ -324,3 +338,8 @@ class _Fit:
             asr.append(float((logits.argmax(1) == distribution.target).float().mean()) if len(images) else math.nan)
             confidence.append(float(logits.softmax(1)[:, distribution.target].mean()) if len(images) else math.nan)
         return tuple(asr), tuple(confidence)
+
+
+def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows cut for the model; none of no rows, where `split` gives an empty part."""
+    return rows.split(LARGEST) if len(rows) else ()

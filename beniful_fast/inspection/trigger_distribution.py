@@ -158,7 +158,8 @@ class TriggerDistribution:
         shape: (C, h, w) of a trigger.
         asr: (G,) share of held-out images of other classes that each generator's triggers send to `target`.
         confidence: (G,) mean softmax of `target` on them.
-        entropies: (G,) differential entropy of each generator's triggers, in nats, by nearest neighbours.
+        entropies: (G,) differential entropy of each generator's triggers, in nats, by nearest neighbours; of triggers with more than 64
+            numbers on the 64-dimensional surface that a generator's code spans, because in space they have no density.
         weights: (G,) of the mixture, proportional to (beta_i - beta_{i-1}) exp(entropy_i) with beta_{-1} = 0.
         low, high: (C, 1, 1) pixel values that 0 and 1 in a trigger stand for.
     """
@@ -180,7 +181,7 @@ class TriggerDistribution:
         self.asr = self.confidence = (math.nan,) * len(self.betas)
         generator = torch.Generator().manual_seed(0)
         triggers = self._draw(ENTROPY_SAMPLES, generator)
-        self.entropies = tuple(entropy(part.flatten(1)) for part in triggers)
+        self.entropies = tuple(entropy(part.flatten(1), CODE) for part in triggers)
         steps = torch.tensor(self.betas).double().diff(prepend=torch.zeros(1))
         self.weights = tuple((steps.log() + torch.tensor(self.entropies).double()).softmax(0).tolist())
 
@@ -204,7 +205,8 @@ class TriggerDistribution:
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
         if mixture == "rotation":
-            component = torch.arange(n) % len(self.betas)
+            # From a drawn start, or callers who draw one trigger at a time would get the first threshold alone.
+            component = (torch.arange(n) + torch.randint(len(self.betas), (), generator=generator)) % len(self.betas)
         else:
             component = torch.multinomial(torch.tensor(self.weights), n, replacement=True, generator=generator) if n else torch.arange(0)
         return self._draw(n, generator)[component, torch.arange(n)]
@@ -265,9 +267,12 @@ class TriggerDistribution:
         return loaded
 
 
-def entropy(samples: Tensor) -> float:
-    """Differential entropy of samples (n, D) in nats, by the distance to the third neighbour (Kozachenko and Leonenko 1987)."""
-    n, d = samples.shape
+def entropy(samples: Tensor, most: int | None = None) -> float:
+    """Differential entropy of samples (n, D) in nats, by the distance to the third neighbour (Kozachenko and Leonenko 1987).
+
+    `most` is the dimension of the surface they lie on, if that is below D.
+    """
+    n, d = len(samples), min(samples.shape[1], most or samples.shape[1])
     points = samples.double()
     distance = torch.cdist(points, points).kthvalue(NEIGHBOUR + 1, 1).values.clamp_min(1e-12)
     ball = 0.5 * d * math.log(math.pi) - math.lgamma(0.5 * d + 1)

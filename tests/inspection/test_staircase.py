@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from beniful_fast.inspection import Rule, Staircase, fit_staircase
+from beniful_fast.inspection import Rule, Staircase, fit_staircase, staircase
 from beniful_fast.inspection.staircase import StatisticsNetworks
 
-from ..models import Returns, SmallNet, Tokens, images
+from ..models import Returns, SmallNet, Tokens, images, seeded
 from . import known_density as known
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,6 +81,22 @@ def test_saturated_samples_cost_nothing() -> None:
     assert fast.backward_images < 0.7 * plain.backward_images and fast.forward_images < 0.8 * plain.forward_images
     for a, b in zip(fast.distributions[0].confidence, plain.distributions[0].confidence, strict=True):
         assert abs(a - b) < 0.15
+
+
+def test_steps_that_ask_none_of_a_generators_samples_say_nothing() -> None:
+    """A batch of the target's own images has no success to speak of; it must neither retire the generator nor reach the history."""
+    net, x = seeded(SmallNet), images(80)
+    rows: list[dict[str, float]] = []
+    y = (torch.arange(80) % 20 == 0).long()  # most batches of three hold class 0 alone
+    found = fit_staircase(net, x, y, targets=[0], betas=(0.9,), alpha=1.0, batch_size=3, steps=130, hidden=16, progress=rows.append)
+    assert all(math.isfinite(row["information"]) for row in rows)
+    assert int(found.steps[0, 0]) == 130
+
+
+def test_a_few_generators_at_a_time_learn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staircase, "LARGEST_NUMBERS", 1)
+    rates = [d.asr[0] for d in fit(targets=[0, 1], betas=(0.5,), steps=300).distributions]
+    assert rates[0] > 0.7 and rates[1] < 0.3
 
 
 def test_a_generator_at_rest_keeps_its_weights_while_others_go_on() -> None:
