@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,6 +74,21 @@ def unwrap(model: nn.Module) -> nn.Module:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model: got a ScriptModule (TorchScript), whose submodules take no hooks; give the nn.Module it was made from")
     return model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a plain module.
+
+    Raises:
+        TypeError: it holds what cannot be copied, such as a lock or an activation with its graph.
+    """
+    try:
+        return copy.deepcopy(model)
+    except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise TypeError(
+            f"model: {type(model).__name__} cannot be copied ({str(error).splitlines()[0]}), and all work is done on a copy; "
+            "give one freshly loaded from its state_dict"
+        ) from None
 
 
 def near(name: str, names: Sequence[str]) -> str:

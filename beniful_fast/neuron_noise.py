@@ -72,7 +72,9 @@ class NeuronNoise:
 
     def ascend(self, objective: Tensor, step: float) -> None:
         """One step of the sign gradient that raises `objective`, a scalar computed from calls of this object."""
-        gradients = torch.autograd.grad(objective, list(self.noise.values()), allow_unused=True)
+        gradients = torch.autograd.grad(objective, list(self.noise.values()), allow_unused=True) if objective.requires_grad else ()
+        if all(gradient is None for gradient in gradients):
+            raise ValueError("model: no gradient reaches its norm layers; take no_grad, inference_mode or detach out of its forward")
         with torch.no_grad():
             for d, gradient in zip(self.noise.values(), gradients, strict=True):
                 # A norm layer that did not run has no gradient.
@@ -85,7 +87,8 @@ class NeuronNoise:
         """The model's output for a batch under the noise."""
         affine = {name: p * (1 + self.noise[name]) for name, p in self.parameters.items()}
         with self._modes():
-            return functional_call(self.model, {**affine, **self.buffers}, (x,))
+            # A fresh tensor: a model may normalise its input in place, and a batch is seen many times.
+            return functional_call(self.model, {**affine, **self.buffers}, (x.clone(),))
 
     @contextmanager
     def _modes(self) -> Iterator[None]:

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..features import FeatureTap, unwrap
+from ..features import FeatureTap, copied, unwrap
 from ..logits import find_logits, predicted
 from ..removal.data import LEAST, read_labelled
 from ..removal.training import PREDICT_BATCH, reproducible
@@ -79,7 +78,9 @@ def inspect(
     plain = unwrap(model)
     if layer is not None:
         FeatureTap(plain, layer)
-    images, labels = read_labelled(clean)
+    # A loader draws its order from torch's random state, so reading is seeded as well.
+    with reproducible(seed, torch.device("cpu")):
+        images, labels = read_labelled(clean)
     if len(images) < LEAST:
         raise ValueError(f"clean: got {len(images)} images, takes at least {LEAST}")
     weights = [p for p in plain.parameters() if p.is_floating_point()]
@@ -106,7 +107,7 @@ def _prepare(
     layer: str | None,
     progress: Callable[[dict[str, Any]], Any] | None,
 ) -> Job:
-    twin = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+    twin = copied(model).to(device).eval().requires_grad_(False)
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters()):
         twin = twin.float()
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
@@ -115,6 +116,7 @@ def _prepare(
     job = Job(twin, images[order], labels[order], 0, 0.0, device, dtype, seed, faithful, layer, progress)
     with torch.no_grad():
         outputs = [find_logits(twin(job.to_device(part)), len(part)) for part in job.images[:1000].split(PREDICT_BATCH)]
+        _check_gradient(twin, job)
     logits = torch.cat(outputs)
     job.classes = max(logits.shape[1], 2)
     if int(labels.max()) >= job.classes:
@@ -125,3 +127,12 @@ def _prepare(
             f"clean: the model is right on {job.accuracy:.1%} of these images, hardly more than by chance; check labels and pixel range"
         )
     return job
+
+
+def _check_gradient(model: nn.Module, job: Job) -> None:
+    """Every method searches by gradients; a model that cuts them would look clean to each."""
+    few = job.to_device(job.images[:2]).requires_grad_()
+    with torch.enable_grad():
+        reaches = find_logits(model(few * 1), len(few)).requires_grad
+    if not reaches:
+        raise ValueError("model: no gradient reaches its images; take no_grad, inference_mode or detach out of its forward")

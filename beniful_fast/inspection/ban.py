@@ -124,7 +124,7 @@ def find_site(job: Job, x: Tensor, largest: int = LARGEST_MAP) -> Site:
         head_input = tap.resolve(x)[0]
         stages = [job.layer] if job.layer else find_stages(job.model, x)[:-1]
     except ValueError as error:
-        raise Skipped(str(error)) from None
+        raise Skipped(f"no head that can be run alone: {error}") from None
     head = tap.module(head_input)
     with torch.no_grad(), Taps(job.model, [*stages[-1:], head_input]) as taps:
         wanted = job.logits(job.model(x), len(x))
@@ -229,7 +229,7 @@ class Inspector:
         count, held = min(half, FAST.images), min(len(job.images) - half, FAST.held)
         self.images, self.labels = job.to_device(job.images[:count]), job.labels[:count].to(job.device)
         self.held, self.held_labels = job.to_device(job.images[-held:]), job.labels[-held:].to(job.device)
-        self.site = find_site(job, self.images[:32])
+        self.site = find_site(job, self.images[:32].clone())
 
     def logits(self, noise: NeuronNoise, x: Tensor) -> Tensor:
         self.passes.forward += len(x)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..features import unwrap
+from ..features import copied, unwrap
 from ..logits import find_logits, two_logits
 from ..removal.data import CleanData, split
 from ..removal.training import PRECISIONS
@@ -31,26 +30,34 @@ class Frozen:
     def __init__(self, model: nn.Module, images: Tensor, device: torch.device, precision: str | None = None) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision: got {precision!r}, takes one of {', '.join(map(repr, PRECISIONS))}")
-        twin = copy.deepcopy(unwrap(model)).to(device).eval().requires_grad_(False)
+        twin = copied(unwrap(model)).to(device).eval().requires_grad_(False)
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters())
         self.model = twin.float() if half else twin
         self.device, self.cast = device, PRECISIONS[precision]
         self.dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
         self.forward_images = 0
         self.format = torch.channels_last
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         try:
-            logits = self(self.prepare(images))
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            logits = self._probe(images)
         except RuntimeError:
-            # A `view` in the model may want its maps contiguous.
+            # A `view` in the model may want its maps contiguous, and weights of five dimensions have no channels last.
             self.format = torch.contiguous_format
             self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            logits = self(self.prepare(images))
+            logits = self._probe(images)
+        if not logits.requires_grad:
+            raise ValueError("model: no gradient reaches its images; take no_grad, inference_mode or detach out of its forward")
+        if bool(logits.isnan().any()):
+            raise ValueError("model: gives NaN logits for clean images; check its weights and the images' pixel range")
         self.n_classes = logits.shape[1]
+
+    def _probe(self, images: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self(self.prepare(images).requires_grad_())
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images on the model's device, in its dtype and the fastest memory format."""
-        return images.to(self.device, self.dtype).contiguous(memory_format=self.format)
+        return images.to(self.device, self.dtype).clone(memory_format=self.format)
 
     def autocast(self) -> AbstractContextManager[Any]:
         # Without the cache of converted weights: only leaving the outermost autocast clears it, and that one may be the caller's.
@@ -63,7 +70,8 @@ class Frozen:
         """
         self.forward_images += len(images)
         with self.autocast():
-            out = find_logits(self.model(images.contiguous(memory_format=self.format)), rows or len(images))
+            # A fresh tensor each time: a model may normalise its input in place.
+            out = find_logits(self.model(images.clone(memory_format=self.format)), rows or len(images))
         out = out if out.dtype == torch.float64 else out.float()
         return two_logits(out)
 

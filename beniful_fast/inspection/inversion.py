@@ -280,9 +280,11 @@ class _Search:
             mask, pattern = self.best[i] or (masks[0], patterns[0])
             trigger = SyntheticTrigger(target, mask.float().cpu(), pattern.float().cpu(), float(mask.sum()), math.nan)
             others = self.data.held_images[self.data.held_labels != target]
-            hits = [self.net(self.net.prepare(trigger.stamp(part.float()))).argmax(1) == target for part in others.split(256)]
             # Without images of other classes nothing was checked.
-            trigger.asr = float(torch.cat(hits).float().mean()) if hits else 0.0
+            trigger.asr = 0.0
+            if len(others):
+                hits = [self.net(self.net.prepare(trigger.stamp(part.float()))).argmax(1) == target for part in others.split(256)]
+                trigger.asr = float(torch.cat(hits).float().mean())
             out.append(trigger)
         return out
 

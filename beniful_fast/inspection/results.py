@@ -54,7 +54,8 @@ class Job:
     progress: Callable[[dict[str, Any]], Any] | None = None
 
     def to_device(self, x: Tensor) -> Tensor:
-        return x.to(self.device, self.dtype) if x.is_floating_point() else x.to(self.device)
+        # Always a copy: a model may normalise its input in place.
+        return x.to(self.device, self.dtype, copy=True) if x.is_floating_point() else x.to(self.device, copy=True)
 
     def logits(self, output: Any, n: int) -> Tensor:
         """(n, classes) logits of what the model returned for n images, see `two_logits`."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..features import FeatureTap, unwrap
+from ..features import FeatureTap, copied, unwrap
 from ..logits import predicted
 from . import ban, beniful, fine_pruning, finetune, linf_pruning, mesa, nad
 from .data import read_images, read_labelled, split
@@ -90,10 +90,14 @@ def remove(
         raise ValueError(f"model: {type(plain).__name__} has no parameters, so nothing can be repaired")
     home = weights[0].device
     place = home if device is None else torch.device(device)
-    images, labels = read_labelled(clean)
-    flagged = None if suspicious is None else read_images(suspicious, "suspicious")
+    # A loader draws its order from torch's random state, so reading is seeded as well.
+    with reproducible(seed, place):
+        images, labels = read_labelled(clean)
+        flagged = None if suspicious is None else read_images(suspicious, "suspicious")
     if flagged is not None and flagged.shape[1:] != images.shape[1:]:
         raise ValueError(f"suspicious: got images of shape {tuple(flagged.shape[1:])}, takes {tuple(images.shape[1:])} like clean")
+    if flagged is not None and not bool(flagged.isfinite().all()):
+        raise ValueError("suspicious: some images hold NaN or infinite pixels; leave them out")
     names = None if layer is None else [layer] if isinstance(layer, str) else list(layer)
     if names is not None:
         FeatureTap(plain, names)
@@ -103,6 +107,7 @@ def remove(
         frozen.eval().requires_grad_(False)
         dtype = next(p.dtype for p in student.parameters() if p.is_floating_point())
         job = Job(student, frozen, split(images, labels, recipe.held_out, seed), place, dtype, seed, flagged, names, progress)
+        job.format = _memory_format(job)
         if curve is not None:
             job.judge = partial(_figures, curve)
         if plain is not model:
@@ -131,7 +136,9 @@ def _options(kind: type[Recipe], method: str, options: dict[str, Any]) -> Recipe
 
 def _working_copy(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy on the device whose half-precision weights are float32, because small steps vanish in half precision."""
-    twin = copy.deepcopy(model).to(device).requires_grad_(True)
+    twin = copied(model).to(device)
+    for p in twin.parameters():
+        p.requires_grad_(p.is_floating_point())
     return twin.float() if any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters()) else twin
 
 
@@ -147,10 +154,25 @@ def _figures(evaluate: Evaluate | None, model: nn.Module) -> dict[str, float]:
     """What `evaluate` says of a copy in eval mode: what it does to its model must not reach ours."""
     if evaluate is None:
         return {}
-    figures = evaluate(copy.deepcopy(model).eval())
+    device = next(model.parameters()).device
+    # What it draws must not change the weights either.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        figures = evaluate(copy.deepcopy(model).eval())
     if not isinstance(figures, Mapping):
         raise TypeError(f"evaluate: returned {type(figures).__name__}, takes a function that gives a mapping of names to numbers")
     return {str(name): float(value) for name, value in figures.items()}
+
+
+def _memory_format(job: Job) -> torch.memory_format:
+    """Channels last, which convolutions run fastest in, unless the model does not take it, as with a `view` of its maps."""
+    few = job.data.images[:2]
+    if few.dim() != 4:
+        return torch.contiguous_format
+    try:
+        job.outputs(job.frozen, few.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def _check_classes(job: Job, labels: torch.Tensor) -> None:

@@ -31,6 +31,9 @@ class Perturbation:
         for _ in range(self.steps):
             with torch.enable_grad():
                 moved = (x + shift).clamp(low, high).requires_grad_()
-                (gradient,) = torch.autograd.grad(loss(moved), moved)
+                value = loss(moved)
+                (gradient,) = torch.autograd.grad(value, moved, allow_unused=True) if value.requires_grad else (None,)
+            if gradient is None:
+                raise ValueError("model: no gradient reaches its images; take no_grad, inference_mode or detach out of its forward")
             shift = (shift + 2 / self.steps * radius * gradient.sign()).clamp(-radius, radius)
         return (x + shift).clamp(low, high)

@@ -7,13 +7,14 @@ sources leave F's direction open.
 pulls the features of adversarial images to the frozen model's features of the clean images that they were made of. Adversarial images are
 small changes that give another class in the backdoored model, and the shortest way there is often its backdoor, so they stand in for
 triggered ones. The second half recovers accuracy: F and a distillation follow the frozen model on clean images, which hold no trigger.
+With suspicious inputs it also holds on to what the first half found: those that lost the backdoored model's class do not get it back.
 
 "repel" keeps the weights and drives the features of clean images away from the frozen ones by a hinge, max(0, margin - distance).
 """
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
+from ..augment import crop_and_flip
 from ..logits import predicted, two_logits
 from ..ops import feature_distance_loss
 from ..vae import FeatureVAE, fit_vae
@@ -42,7 +45,7 @@ class Options(Recipe):
         direction: "align" or "repel", see the module.
         weight: of the feature distance, averaged over the layers.
         kind: of distance, see `feature_distance_loss`.
-        margin: of the hinge for "repel", and for suspicious inputs.
+        margin: of the hinge for "repel".
         targets: for "align", the frozen model's features of the same image, their reconstruction by a FeatureVAE fitted on clean features,
             or the class mean of those.
         restart: share of the convolutions and Linears, the last ones, that start anew with the head; None is 1/8 for "align" (at least
@@ -55,8 +58,7 @@ class Options(Recipe):
         adversarial: weight of their feature distance.
         eps: largest change of their pixels, as a share of the pixel range of the clean images.
         adversarial_steps: gradient steps to each.
-        suspicious_weight: of suspicious inputs in the second phase, which exists only with them.
-        suspicious_epochs: its length; its learning rate is a fifth of `lr`.
+        suspicious_weight: of -log(1 - p), with p the probability of the backdoored model's class on suspicious inputs that lost it.
     """
 
     direction: str = "align"
@@ -73,8 +75,7 @@ class Options(Recipe):
     adversarial: float = 1.0
     eps: float = 0.1
     adversarial_steps: int = 3
-    suspicious_weight: float = 1.0
-    suspicious_epochs: int = 5
+    suspicious_weight: float = 3.0
     epochs: int = 12
     lr: float = 0.1
 
@@ -92,14 +93,13 @@ class Options(Recipe):
             raise ValueError(f"keep, forget, restart: got {self.keep}, {self.forget}, {self.restart}, takes shares in [0, 1]")
         if not self.temperature > 0:
             raise ValueError(f"temperature: got {self.temperature!r}, takes a positive number")
-        for name in ("suspicious_epochs", "adversarial_steps"):
-            number = getattr(self, name)
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(f"{name}: got {number!r}, takes a positive whole number")
+        number = self.adversarial_steps
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"adversarial_steps: got {number!r}, takes a positive whole number")
 
 
 def run(job: Job, options: Options) -> None:
-    """Repairs the student on clean images, and then, with suspicious inputs, once more on what they reveal."""
+    """Repairs the student on clean images and, where there are any, on what suspicious inputs reveal."""
     few = job.to_device(job.data.images[:2])
     layers = job.layer or find_stages(job.student, few)[-3:]
     job.notes.append(f"feature distance ({options.direction}) at {', '.join(map(repr, layers))}")
@@ -107,6 +107,9 @@ def run(job: Job, options: Options) -> None:
     restarted = last_layers(job.student, few, share) if share else []
     slow: dict[nn.Parameter, float] = {}
     held: list[nn.Module] = []
+    restarted = start_anew(job.student, restarted, options.keep)
+    if share and not restarted:
+        job.notes.append("no layer could be started anew: none of the last ones draws its own weights")
     if restarted:
         job.notes.append(f"started anew: {len(restarted)} layers, {restarted[0]!r} to {restarted[-1]!r}")
         fresh = {p for name in restarted for p in job.student.get_submodule(name).parameters()}
@@ -114,24 +117,37 @@ def run(job: Job, options: Options) -> None:
         if not options.rest_lr:
             again = {job.student.get_submodule(name) for name in restarted}
             held = [m for m in job.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in again]
-        start_anew(job.student, restarted, options.keep)
     with Taps(job.frozen, layers) as wanted, Taps(job.student, layers) as taps:
         loss = _Loss(job, options, wanted, taps)
         train(job, options, loss, phase="repair", slow=slow, held=held, before_epoch=loss.begin)
-        if job.suspicious is not None:
-            _second_phase(job, options, loss, slow, held)
 
 
 @torch.no_grad()
-def start_anew(model: nn.Module, names: list[str], keep: float) -> None:
-    """Draws the layers' parameters again, by their own `reset_parameters`, and mixes in `keep` of the old ones."""
-    for name in names:
-        module = model.get_submodule(name)
-        old = copy.deepcopy(module.state_dict())
-        module.reset_parameters()  # type: ignore[operator]
-        for key, value in module.state_dict().items():
-            if value.is_floating_point():
-                value.lerp_(old[key], keep)
+def start_anew(model: nn.Module, names: list[str], keep: float) -> list[str]:
+    """Draws the layers' parameters again, by their own `reset_parameters`, mixes in `keep` of the old ones, and names those it did."""
+    return [name for name in names if _restart(model.get_submodule(name), keep)]
+
+
+def _restart(module: nn.Module, keep: float) -> bool:
+    shown = list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]
+    if not shown and not isinstance(getattr(module, "weight", None), nn.Parameter | None):
+        # A hook computes the weight anew in each pass (the old weight_norm), so a drawn one would not last.
+        return False
+    tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor) and not k.startswith("parametrizations.")}
+    old = {name: value.clone() for name, value in tensors.items()} | {name: getattr(module, name).clone() for name in shown}
+    try:
+        with parametrize.cached():
+            # Within, a parametrized weight is one tensor, which `reset_parameters` can fill.
+            drawn = {name: getattr(module, name) for name in shown}
+            module.reset_parameters()  # type: ignore[operator]
+    except TypeError:
+        return False  # the module's own, with arguments
+    for name, value in tensors.items():
+        if value.is_floating_point():
+            value.lerp_(old[name], keep)
+    for name, value in drawn.items():
+        setattr(module, name, value.lerp(old[name], keep))
+    return True
 
 
 class _Loss:
@@ -141,6 +157,8 @@ class _Loss:
         self.job, self.options, self.wanted, self.taps = job, options, wanted, taps
         self.suspects: tuple[Tensor, Tensor] | None = None
         self.forgetting = False
+        # Half of the epochs at least: earlier the repaired model's classes are little worth.
+        self.recovers_from = math.ceil(max(options.forget if options.direction == "align" else 0, 0.5) * options.epochs)
         self.targets = self._make_targets()
         self.generator = torch.Generator().manual_seed(job.seed + 1)
         self.perturb = Perturbation(job.data.images, options.eps, options.adversarial_steps, torch.Generator().manual_seed(job.seed + 2))
@@ -148,28 +166,35 @@ class _Loss:
     def begin(self, epoch: int) -> None:
         """Called before each epoch, from 0."""
         self.forgetting = self.options.direction == "align" and epoch < self.options.forget * self.options.epochs
+        if epoch == self.recovers_from and self.job.suspicious is not None:
+            self.suspects = self._find_suspects(self.job.suspicious)
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             teacher = self.job.logits(self.job.frozen, x)
             goals = [make(z, y) for make, z in zip(self.targets, self.wanted.pooled(), strict=True)]
-        total, terms = self._forget(x, y, goals) if self.forgetting else self._follow(x, y, goals, teacher)
-        if self.suspects is not None:
-            terms["suspicious"] = self._suspicious()
-            total = total + terms["suspicious"]
-        return total, terms
+        return self._forget(x, y, goals) if self.forgetting else self._follow(x, y, goals, teacher)
 
     def _follow(self, x: Tensor, y: Tensor, goals: list[Tensor], teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy, distillation, and the feature distance of clean images."""
-        options = self.options
-        logits, features = self.job.logits(self.job.student, x), self.taps.pooled()
+        """Cross-entropy, distillation, and the feature distance of clean images; what suspicious ones are not."""
+        options, n = self.options, len(x)
+        if self.suspects is not None:
+            shown, classes = self._some_suspects(n)
+            # One pass for both, so that BatchNorm sees them as one batch.
+            x = torch.cat([x, shown])
+        logits, features = self.job.logits(self.job.student, x), [z[:n] for z in self.taps.pooled()]
+        logits, suspicious = logits[:n], logits[n:]
         margin = options.margin if options.direction == "repel" else None
         weights = [options.weight / len(features)] * len(features)
         distance = feature_distance_loss(features, goals, kind=options.kind, margin=margin, weights=weights)
         total = self.job.cross_entropy(logits, y) + distance
         if options.distill:
             total = total + options.distill * divergence(logits, teacher, options.temperature)
-        return total, {"feature_distance": distance}
+        terms = {"feature_distance": distance}
+        if self.suspects is not None:
+            terms["suspicious"] = complement(suspicious, classes)
+            total = total + options.suspicious_weight * terms["suspicious"]
+        return total, terms
 
     def _forget(self, x: Tensor, y: Tensor, goals: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of clean images, and the feature distance of adversarial ones from them."""
@@ -198,7 +223,7 @@ class _Loss:
         columns: list[list[Tensor]] = []
         with torch.no_grad():
             for part in self.job.data.images.split(PREDICT_BATCH):
-                self.job.frozen(self.job.to_device(part))
+                self.job.logits(self.job.frozen, self.job.to_device(part))
                 columns.append(self.wanted.pooled())
         labels = self.job.data.labels.to(self.job.device)
         makers: list[Callable[[Tensor, Tensor], Tensor]] = []
@@ -212,21 +237,28 @@ class _Loss:
                 makers.append(partial(_class_mean, means))
         return makers
 
-    def _suspicious(self) -> Tensor:
-        """Cross-entropy to the repaired model's class, and repulsion from the backdoored model's features, of triggered-looking inputs."""
+    def _find_suspects(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The suspicious inputs that the repaired student and the backdoored model class differently, with the latter's classes.
+
+        Those carry the trigger: a clean input that was flagged by mistake mostly keeps its class under the repair.
+        """
+        old, new = (predicted(self.job.outputs(model, images)).cpu() for model in (self.job.frozen, self.job.student))
+        changed = old != new
+        lost = f"{int(changed.sum())} of {len(changed)} suspicious inputs"
+        self.job.notes.append(f"{lost} lost the backdoored model's class and are trained on")
+        # What they are is not known, the student's guess may be wrong; what they are not is.
+        return (images[changed], old[changed]) if bool(changed.any()) else None
+
+    def _some_suspects(self, n: int) -> tuple[Tensor, Tensor]:
+        """A quarter as many as a batch's n images, augmented as these are, with their classes, on the device."""
         assert self.suspects is not None
-        images, labels = self.suspects
-        rows = torch.randint(
-            0, len(images), (min(len(images), self.options.batch(len(self.job.data.images)) // 4),), generator=self.generator
-        )
-        x, y = self.job.to_device(images[rows]), labels[rows].to(self.job.device)
-        with torch.no_grad():
-            self.job.frozen(x)
-            away = self.wanted.pooled()
-        logits, features = self.job.logits(self.job.student, x), self.taps.pooled()
-        # The last layer alone: there the trigger shows, and the earlier ones see much that is right in these images.
-        repulsion = feature_distance_loss(features[-1], away[-1], kind="relative", margin=self.options.margin)
-        return self.options.suspicious_weight * (self.job.cross_entropy(logits, y) + repulsion)
+        images, classes = self.suspects
+        rows = torch.randint(0, len(images), (max(2, n // 4),), generator=self.generator)
+        x = self.job.to_device(images[rows])
+        if self.options.augment and x.dim() == 4:
+            padding, flips = self.job.bearable(self.options)
+            x = crop_and_flip(x, padding, flips=flips, generator=self.generator)
+        return x, classes[rows].to(self.job.device)
 
 
 def _reconstruction(vae: FeatureVAE, z: Tensor, y: Tensor) -> Tensor:
@@ -237,24 +269,14 @@ def _class_mean(means: Tensor, z: Tensor, y: Tensor) -> Tensor:
     return means[y]
 
 
+def complement(logits: Tensor, classes: Tensor) -> Tensor:
+    """-log(1 - p) of the classes, mean over the batch: learning from complementary labels (Kim et al. 2019, arXiv 1908.07387)."""
+    both = two_logits(logits)
+    others = both.scatter(1, classes[:, None], -math.inf)
+    return (both.logsumexp(1) - others.logsumexp(1)).mean()
+
+
 def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL divergence of the student's softened classes from the teacher's, times T^2 (Hinton et al. 2015)."""
     ours, theirs = (F.log_softmax(two_logits(v) / temperature, 1) for v in (logits, teacher))
     return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-
-
-def _second_phase(job: Job, options: Options, loss: _Loss, slow: dict[nn.Parameter, float], held: list[nn.Module]) -> None:
-    """Trains on suspicious inputs that the repaired student and the backdoored model class differently: those carry the trigger.
-
-    A clean input that was flagged by mistake keeps its class under the repair, so it is not among them.
-    """
-    assert job.suspicious is not None
-    old, new = predicted(job.outputs(job.frozen, job.suspicious)), predicted(job.outputs(job.student, job.suspicious))
-    changed = (old != new).cpu()
-    job.notes.append(f"{int(changed.sum())} of {len(changed)} suspicious inputs lost the backdoored model's class and are trained on")
-    if not changed.any():
-        return
-    loss.suspects = job.suspicious[changed], new.cpu()[changed]
-    recipe = Recipe(**{name: getattr(options, name) for name in Recipe.names()})
-    recipe.epochs, recipe.lr = options.suspicious_epochs, options.lr / 5
-    train(job, recipe, loss, phase="suspicious", slow=slow, held=held)

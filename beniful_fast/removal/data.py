@@ -27,6 +27,10 @@ class CleanData:
     held_images: Tensor
     held_labels: Tensor
 
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """All images and classes, for a search that holds out some of its own."""
+        return torch.cat([self.images, self.held_images]), torch.cat([self.labels, self.held_labels])
+
 
 def _pairs(data: Any, name: str) -> Iterable[Any]:
     """What `batches` can iterate over, a pair of tensors and a Dataset cut into batches."""
@@ -60,9 +64,8 @@ def _labels_of(batch: Any, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name}: got labels of type {type(found).__name__}, takes class numbers") from None
     if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"{name}: got {labels.dtype} labels of shape {tuple(labels.shape)}, takes class numbers; of one-hot labels pass argmax(1)"
-        )
+        cure = "pass squeeze(1)" if labels.dim() == 2 and labels.shape[1] == 1 else "of one-hot labels pass argmax(1)"
+        raise ValueError(f"{name}: got {labels.dtype} labels of shape {tuple(labels.shape)}, takes class numbers; {cure}")
     return labels.detach().long().cpu()
 
 

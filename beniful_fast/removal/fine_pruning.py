@@ -44,6 +44,8 @@ def run(job: Job, options: Options) -> None:
     if len(tap.layers) > 1 or not isinstance(reader, nn.Linear | nn.Conv2d) or getattr(reader, "groups", 1) != 1:
         raise ValueError(f"layer: got {', '.join(tap.layers)}, takes one Linear or ungrouped Conv2d, whose input channels are pruned")
     weight = reader.weight
+    if not isinstance(weight, nn.Parameter):
+        raise ValueError(f"layer: the weights of {name!r} are computed anew in each pass (a parametrization), so a cut would not last")
     activity = _activity(job, name)
     if len(activity) != weight.shape[1]:
         raise ValueError(f"layer: {name!r} has {len(activity)} channels, but its weights read {weight.shape[1]}")
@@ -76,7 +78,7 @@ def _activity(job: Job, name: str) -> Tensor:
     total: Tensor | float = 0.0
     with evaluating(job.student), Taps(job.student, [name]) as taps:
         for part in job.data.images.split(PREDICT_BATCH):
-            job.student(job.to_device(part))
+            job.logits(job.student, job.to_device(part))
             total = total + pool(taps.maps()[0].abs(), False).double().sum(0)
     assert isinstance(total, Tensor)
     return total / len(job.data.images)

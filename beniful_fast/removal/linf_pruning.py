@@ -145,7 +145,8 @@ def read_norms(model: nn.Module, sites: Sequence[Site], batches: Iterable[Tensor
     """
     with evaluating(model), Taps(model, [name for site in sites for name in (site.source, site.reader)]) as taps:
         for x in batches:
-            logits = find_logits(model(x), len(x))
+            # A fresh tensor: a model may normalise its input in place.
+            logits = find_logits(model(x.clone()), len(x))
             maps = dict(zip(taps.layers, taps.maps(), strict=True))
             seen = [maps[site.source].relu() if site.relu else maps[site.source] for site in sites]
             yield Batch([channel_stats(value, per_sample=True) for value in seen], [maps[site.reader] for site in sites], logits)
@@ -156,8 +157,7 @@ class _Pruning:
 
     def __init__(self, job: Job, sites: Sequence[Site], trigger: Any) -> None:
         self.job, self.sites, self.trigger = job, sites, trigger
-        self.images = torch.cat([job.data.images, job.data.held_images])
-        self.labels = torch.cat([job.data.labels, job.data.held_labels])
+        self.images, self.labels = job.data.whole()
         self.victims = self.labels != trigger.target
         self.intact = [site.module.weight.detach().clone() for site in sites]
         self.masks = [torch.ones_like(weight) for weight in self.intact]
@@ -285,7 +285,7 @@ def _invert(job: Job) -> Any:
     # Imported here, because the inspection takes its clean data and its random state from this package.
     from ..inspection.inversion import neural_cleanse
 
-    inversion = neural_cleanse(job.frozen, job.data.images, job.data.labels, seed=job.seed)
+    inversion = neural_cleanse(job.frozen, *job.data.whole(), seed=job.seed)
     # Neural Cleanse gives no anomaly index to a trigger that fails on too many held-out images.
     working = [trigger for trigger, index in zip(inversion.triggers, inversion.anomaly.tolist(), strict=True) if not math.isnan(index)]
     if not working:

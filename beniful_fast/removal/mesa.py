@@ -46,6 +46,8 @@ class Options(Recipe):
             raise ValueError(f"probability: got {self.probability!r}, takes a share in (0, 1]")
         if self.mixture not in ("rotation", "staircase"):
             raise ValueError(f"mixture: got {self.mixture!r}, takes 'rotation' or 'staircase'")
+        if self.rule is not None and not callable(getattr(self.rule, "stamp", None)):
+            raise TypeError(f"rule: got {self.rule!r}, takes None or an inspection.Rule, such as Rule(place='full')")
         if self.trigger is not None and not callable(getattr(self.trigger, "stamp", None)):
             raise TypeError(f"trigger: got {type(self.trigger).__name__}, takes an object with stamp(images)")
 
@@ -84,9 +86,13 @@ def _learn(job: Job, options: Options) -> Any:
 
     rule, target = options.rule or Rule(), options.target
     shared: dict[str, Any] = {"rule": rule, "precision": options.precision, "seed": job.seed, "device": job.device}
-    images, labels = job.data.images, job.data.labels
+    images, labels = job.data.whole()
+    classes = max(job.outputs(job.frozen, images[:2]).shape[1], 2)
+    if target is not None and target not in range(classes):
+        raise ValueError(f"target: got {target!r}, takes None or one of the model's {classes} classes, 0 to {classes - 1}")
     if target is None:
-        classes = max(job.outputs(job.frozen, images[:2]).shape[1], 2)
+        if classes > mesa.MOST_CLASSES:
+            raise ValueError(f"target: the model has {classes} classes, too many to search each for a trigger; give the suspected one")
         found = fit_staircase(
             job.frozen,
             images,

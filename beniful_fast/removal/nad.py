@@ -51,7 +51,7 @@ def run(job: Job, options: Options) -> None:
 
         def loss(x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.no_grad():
-                teacher(x)
+                job.logits(teacher, x)
             cross_entropy = job.cross_entropy(job.logits(job.student, x), y)
             maps, goals = taps.maps(), wanted.maps()
             flat = [name for name, m in zip(layers, maps, strict=True) if m.dim() < 3]

@@ -151,7 +151,6 @@ def last_layers(model: nn.Module, x: Tensor, share: float) -> list[str]:
     At least one before the head; norm layers that run among them are counted in. A layer that runs earlier as well is left out.
     """
     tap = FeatureTap(model)
-    tap.resolve(x)
     rows: list[tuple[str, nn.Module]] = []
     handles = []
     for name, module in model.named_modules():
@@ -164,6 +163,8 @@ def last_layers(model: nn.Module, x: Tensor, share: float) -> list[str]:
         for handle in handles:
             handle.remove()
     weighted = [i for i, (_, module) in enumerate(rows) if isinstance(module, WEIGHTED)]
+    if not weighted:
+        return []
     count = min(max(1, round(share * (len(weighted) - 1))) + 1, len(weighted))
     start = weighted[-count]
     earlier = {name for name, _ in rows[:start]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,8 +64,11 @@ class Recipe:
             number = getattr(self, name)
             if name == "batch_size" and number is None:
                 continue
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ValueError(f"{name}: got {number!r}, takes a positive whole number")
+            least = 2 if name == "batch_size" else 1
+            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+                raise ValueError(f"{name}: got {number!r}, takes a whole number, at least {least}")
+        if self.padding is not None and (not isinstance(self.padding, int) or isinstance(self.padding, bool) or self.padding < 0):
+            raise ValueError(f"padding: got {self.padding!r}, takes None or a number of pixels")
         for name in ("lr", "weight_decay", "tolerance", "warmup", "momentum"):
             check_at_least_0(name, getattr(self, name))
         if self.warmup > 1 or self.momentum >= 1:
@@ -98,6 +102,7 @@ class Job:
         suspicious: unlabelled flagged images (N, ...), or None.
         layer: the caller's layer names, or None.
         judge: the caller's own figures of a model, for each row of the history; None leaves them out.
+        format: memory format of image batches (N, C, H, W) that the model takes.
     """
 
     student: nn.Module
@@ -112,19 +117,21 @@ class Job:
     history: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     judge: Callable[[nn.Module], dict[str, float]] | None = None
+    format: torch.memory_format = torch.preserve_format
     _bearable: tuple[int, bool] | None = None
 
     def log(self, row: dict[str, Any], model: nn.Module) -> None:
         """Adds a row to the history, with the caller's figures of `model` if there are to be any, and reports it."""
-        if self.judge is not None:
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            if self.judge is not None:
                 row |= self.judge(model)
-        self.history.append(row)
-        if self.progress is not None:
-            self.progress(row)
+            self.history.append(row)
+            if self.progress is not None:
+                self.progress(row)
 
     def to_device(self, x: Tensor) -> Tensor:
-        return x.to(self.device, self.dtype) if x.is_floating_point() else x.to(self.device)
+        # Always a copy: a model may normalise its input in place.
+        return x.to(self.device, self.dtype, copy=True) if x.is_floating_point() else x.to(self.device, copy=True)
 
     def autocast(self, recipe: Recipe) -> AbstractContextManager[Any]:
         dtype = PRECISIONS[recipe.precision]
@@ -133,6 +140,8 @@ class Job:
 
     def logits(self, model: nn.Module, x: Tensor) -> Tensor:
         """(N, K) logits, float32 under autocast too."""
+        # A fresh tensor each time: a model may normalise its input in place.
+        x = x.clone(memory_format=self.format if x.dim() == 4 else torch.preserve_format)
         out = find_logits(model(x), len(x))
         return out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
 
@@ -160,7 +169,8 @@ class Job:
             least = self.accuracy(self.frozen) - 0.05
             flip = self.accuracy(self.frozen, held.flip(3)) >= least
             crop = pad > 0 and self.accuracy(self.frozen, crop_and_flip(held, pad, flips=False, generator=generator)) >= least
-            self.notes += [f"no {what}: the model's accuracy falls under them" for what, ok in (("flips", flip), ("crops", crop)) if not ok]
+            tried = [("flips", flip)] + [("crops", crop)] * (pad > 0)
+            self.notes += [f"no {what}: the model's accuracy falls under them" for what, ok in tried if not ok]
             self._bearable = (pad if crop else 0), flip
         return self._bearable
 
@@ -252,8 +262,12 @@ def train(
                 x = crop_and_flip(x, padding, flips=flips, generator=generator)
             with job.autocast(recipe):
                 value, terms = compute(x, y)
+            if not value.requires_grad:
+                raise ValueError("model: no gradient reaches its parameters; take no_grad, inference_mode or detach out of its forward")
             optimizer.zero_grad(set_to_none=True)
             value.backward()
+            if step == 0 and (idle := sum(p.grad is None for p in parameters)):
+                job.notes.append(f"{phase}: {idle} of {len(parameters)} parameter tensors get no gradient and stay as they are")
             if recipe.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
             optimizer.step()
@@ -273,7 +287,7 @@ def train(
         if 2 * epoch + 1 >= recipe.epochs:
             best = max(best, accuracy)
             if accuracy >= best - recipe.tolerance:
-                kept = epoch, {name: value.clone() for name, value in net.state_dict().items()}
+                kept = epoch, copy.deepcopy(net.state_dict())
     if kept is not None and kept[0] != recipe.epochs - 1:
         net.load_state_dict(kept[1])
         job.notes.append(f"{phase}: epoch {kept[0] + 1} of {recipe.epochs} is kept; later ones were worse on held-out clean images")

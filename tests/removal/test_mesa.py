@@ -73,7 +73,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
         ({"alpha": -1.0}, ValueError, "alpha: got -1.0"),
         ({"mixture": "all"}, ValueError, "mixture: got 'all'"),
         ({"trigger": 3}, TypeError, "trigger: got int, takes an object with stamp"),
-        ({"target": 9}, ValueError, "targets: got .9."),
+        ({"target": 9}, ValueError, "target: got 9, takes None or one of"),
         ({"target": 0, "betas": (2.0,)}, ValueError, "betas: got"),
         ({"target": 0, "rule": Rule(size=40)}, ValueError, "size: a square of 40 pixels"),
     ],
