@@ -226,7 +226,7 @@ class FeatureTap:
         if self._find_peaks:
             self._maps = []
             with self.quiet():
-                features = self.run(x).features
+                features = self.run(x.clone()).features
             for layer in self._layers:
                 found = seen.maps.behind(features[str(layer)], self._reached(layer, seen)[0])
                 self._maps += [each if seen.calls[each.module] > 1 else replace(each, call=None) for each in found]
@@ -262,7 +262,7 @@ class FeatureTap:
         handles += [module.register_forward_hook(lambda module, _, output: note(module, output, False)) for module in hookable]
         try:
             with self.quiet():
-                find_logits(self.model(x), len(x))
+                find_logits(self.model(x.clone()), len(x))
         finally:
             for handle in handles:
                 handle.remove()

@@ -61,11 +61,13 @@ class Pipeline:
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def _prepare(self, x: Tensor) -> Tensor:
-        """Images in the model's dtype, on its device, in the memory format its convolutions are fastest in."""
+        """A copy of images in the model's dtype, on its device, in the memory format its convolutions are fastest in."""
+        given = x
         x = x.to(self.device, self._dtype, non_blocking=True)
         if x.dim() == 4 and self._channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return x
+        # A model may normalise its input in place, and the caller's images are not to be changed.
+        return x.clone() if x.data_ptr() == given.data_ptr() else x
 
     @property
     def _channels_last(self) -> bool:
@@ -100,13 +102,14 @@ class Pipeline:
     def _forward(self, x: Tensor) -> Raw:
         """One micro-batch: features, predictions, and what can't wait."""
         x = self._prepare(x)
-        out = self._tapped(x)
+        again = self._consistent_by in ("image", "second forward")
+        out = self._tapped(x.clone() if again else x)
         z, classes = out.joined, predicted(out.logits)
         self.n_classes = max(out.logits.shape[1], 2)
         raw = Raw(z, classes, out.peaks)
         if self.score_kind == "softmax":
             return raw._replace(odds=softmax_score(out.logits))
-        if self._vae is None or self._consistent_by not in ("image", "second forward"):
+        if self._vae is None or not again:
             return raw
         distance, consistent = self._second(x, z, out, classes)
         return raw._replace(distance=distance, consistent=consistent)

@@ -177,3 +177,26 @@ def test_model_without_logits_and_unfitted():
 def test_bad_options(model, name):
     with pytest.raises(ValueError, match=f"{name}: got"):
         Screener(model, **{name: -1 if name in ("fpr", "latent", "batch_size") else "other"})
+
+
+class Normalising(nn.Module):
+    """Normalises its input, in place or not."""
+
+    def __init__(self, net: nn.Module, in_place: bool) -> None:
+        super().__init__()
+        self.net, self.in_place = net, in_place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x.sub_(0.5).div_(0.25) if self.in_place else (x - 0.5) / 0.25)
+
+
+@pytest.mark.parametrize("options", [{}, {"consistency": True, "layer": "net.conv1"}, {"reconstruct": "images"}])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_model_that_normalises_in_place_changes_no_image_and_no_score(options, plain):
+    net = nn.Sequential(nn.Flatten(), seeded(Plain, 3 * 12 * 12, 4)) if plain else seeded(SmallNet)
+    if plain and "layer" in options:
+        options = options | {"layer": "net.1.head:input"}
+    given = CLEAN.clone()
+    one, other = (Screener(Normalising(net, in_place), **options).fit(given) for in_place in (True, False))
+    torch.testing.assert_close(one.score(given[:100]), other.score(given[:100]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(given, CLEAN)
