@@ -98,7 +98,11 @@ def main() -> None:
     seeds = [int(seed) for seed in options.seeds.split(",")]
     cards = [c for seed in seeds for c in zoo.cards(dataset=options.dataset, arch=options.arch, seed=seed) if c["attack"]]
     chosen = {card["name"]: card["seed"] for card in cards if card["rate"] == 0.1 and "+" not in card["attack"]}
+    if not chosen:
+        parser.error(f"the zoo holds no attacked {options.arch} on {options.dataset} with seeds {options.seeds}")
     splits, cells = load_splits(options.dataset), Cells(FOLDER)
+    if len(splits.test) < 2 * JUDGED:
+        parser.error(f"{options.dataset} has {len(splits.test)} test images, too few for {JUDGED} clean and {JUDGED} other, triggered ones")
     done = {}
     for variant, settings in variants(options.arch).items():
         if options.only not in variant:

@@ -31,7 +31,7 @@ class Cell:
 
     Attributes:
         kind: "train", "screen", "remove", "inspect", ...
-        key: everything the result depends on, plain JSON values.
+        key: everything asked for, plain JSON values. Changed code is not in it: delete the cells that it would change.
         run: computes the result, plain JSON values.
     """
 

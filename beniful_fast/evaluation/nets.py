@@ -104,6 +104,7 @@ def build(
         "target": planted[0].target if planted else None,
         "recipe": recipe.as_dict(),
         "train_images": len(splits.train),
+        "split": splits.mark,
         "last_loss": history[-1]["loss"],
         "acc": None,
         "asr": None,
@@ -130,9 +131,14 @@ def _attacks(spec: NetSpec, splits: Splits) -> list[Attack]:
     return made
 
 
-def _fits(card: Mapping[str, Any], spec: NetSpec, recipe: Recipe) -> bool:
+def _fits(card: Mapping[str, Any], spec: NetSpec, recipe: Recipe, split: str) -> bool:
     wanted = zip(card["triggers"], spec.settings.values(), strict=True)
-    return card["recipe"] == recipe.as_dict() and all(trigger.items() >= settings.items() for trigger, settings in wanted)
+    # The first cards were written without the split, which was the usual one.
+    return (
+        card["recipe"] == recipe.as_dict()
+        and card.get("split", "") == split
+        and all(trigger.items() >= settings.items() for trigger, settings in wanted)
+    )
 
 
 def obtain(
@@ -141,6 +147,7 @@ def obtain(
     folder: str | os.PathLike[str],
     *,
     recipe: Recipe | None = None,
+    split: str = "",
     device: torch.device | str = "cpu",
     progress: Callable[[int, int, float], None] | None = None,
 ) -> zoo.ZooNet:
@@ -148,13 +155,14 @@ def obtain(
 
     Args:
         splits: called only if there is something to train.
+        split: their `Splits.mark`; a network of other parts of the data is not taken.
     """
     recipe = recipe or recipe_for(spec.dataset)
     places = [Path(folder)]
     with contextlib.suppress(FileNotFoundError):  # an installed package has no zoo of its own
         places.append(zoo.folder())
     for place in places:
-        if place.is_dir() and any(_fits(card, spec, recipe) for card in zoo.cards(place, name=spec.name)):
+        if place.is_dir() and any(_fits(card, spec, recipe, split) for card in zoo.cards(place, name=spec.name)):
             return zoo.load(spec.name, place)
     build(spec, splits(), folder, recipe=recipe, device=device, progress=progress)
     return zoo.load(spec.name, folder)

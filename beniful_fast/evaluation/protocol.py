@@ -102,7 +102,7 @@ class Evaluation:
         if splits is not None:
             self._check(splits)
         self.cells, self.nets_folder = Cells(Path(folder) / "cells"), Path(folder) / "nets" / f"{self.recipe.epochs}-epochs"
-        self._splits = splits
+        self._splits, self._mark = splits, "" if splits is None else splits.mark
         self.net = functools.lru_cache(maxsize=2)(self._obtain)
 
     # What there is to do.
@@ -137,10 +137,11 @@ class Evaluation:
             yield self.cells.run(cell)
 
     def _key(self, spec: NetSpec, **more: Any) -> dict[str, Any]:
-        return {"net": spec.name, **asdict(spec), "settings": spec.settings, "recipe": self.recipe.as_dict(), **more}
+        data = {"split": self._mark} if self._mark else {}
+        return {"net": spec.name, **asdict(spec), "settings": spec.settings, "recipe": self.recipe.as_dict(), **data, **more}
 
     def _obtain(self, spec: NetSpec) -> zoo.ZooNet:
-        net = obtain(spec, self.splits, self.nets_folder, recipe=self.recipe, device=self.device)
+        net = obtain(spec, self.splits, self.nets_folder, recipe=self.recipe, split=self._mark, device=self.device)
         net.model.to(self.device)
         return net
 

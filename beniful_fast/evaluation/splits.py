@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ class Splits:
 
     The defender's images are never trained on: a network's features of memorised images are unlike those of new ones, so thresholds
     set on them would not hold.
+
+    Attributes:
+        draw: how `load_splits` drew them, "" for its defaults, by which the zoo's networks were trained; None for parts of your own.
     """
 
     name: str
@@ -24,6 +28,18 @@ class Splits:
     defender: TensorDataset
     test: TensorDataset
     n_classes: int
+    draw: str | None = None
+
+    @property
+    def mark(self) -> str:
+        """Tells these parts from others of the same name: a network trained on other parts may have seen these defender's images."""
+        if self.draw is not None:
+            return self.draw
+        digest = hashlib.sha256()
+        for part in (self.train, self.defender, self.test):
+            for tensor in part.tensors:
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:12]
 
     @property
     def channels(self) -> int:
@@ -49,7 +65,7 @@ def load_splits(name: str, *, defender: int | None = None, seed: int = 0) -> Spl
             a test (or val) split.
         defender: images to hold back for the defender; None takes 5,000 for CIFAR-10, 2,500 for tiny-imagenet-20, 400 for digits, else a
             tenth of the training split.
-        seed: of the draw; the zoo's networks hold for seed 0 alone.
+        seed: of the draw; the zoo's networks hold for seed 0 and the default number alone, others are trained anew.
 
     Raises:
         DataError: no such data set or split.
@@ -73,12 +89,14 @@ def load_splits(name: str, *, defender: int | None = None, seed: int = 0) -> Spl
     if not 0 < count < len(order):
         raise ValueError(f"defender: got {count}, takes a number of the {len(order)} training images that leaves some")
     held, rest = order[:count], order[count:]
+    usual = known if known is not None else len(images) // 10
     return Splits(
         name,
         TensorDataset(images[rest], labels[rest]),
         TensorDataset(images[held], labels[held]),
         test,
         int(labels.max()) + 1,
+        "" if (seed, count) == (0, usual) else f"seed {seed}, defender {count}",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from beniful_fast.evaluation import nets, zoo
 from beniful_fast.evaluation.corruptions import CORRUPTIONS
 from beniful_fast.evaluation.nets import NetSpec, build, obtain
 from beniful_fast.evaluation.networks import NETWORKS, network
+from beniful_fast.evaluation.protocol import Evaluation
 from beniful_fast.evaluation.splits import Splits, load_splits
 from beniful_fast.evaluation.training import Recipe, one_cycle, train
 from beniful_fast.features import FeatureTap
@@ -246,3 +248,17 @@ def test_a_network_of_another_recipe_or_attack_is_not_taken(digits: Splits, tmp_
     assert obtained(card)
     assert not obtained({**card, "recipe": Recipe(epochs=2).as_dict()})
     assert not obtained({**card, "triggers": [{"target": 0, "s": 0.5, "noise": 2.0}]})
+    # The defender's images of other parts may be among its training images.
+    assert not obtained({**card, "split": "seed 1, defender 400"})
+
+
+def test_parts_drawn_otherwise_are_told_apart(digits: Splits) -> None:
+    usual, other, fewer = load_splits("digits"), load_splits("digits", seed=1), load_splits("digits", defender=300)
+    assert usual.mark == "" and other.mark == "seed 1, defender 400" and fewer.mark == "seed 0, defender 300"
+    own, same = replace(usual, draw=None), replace(usual, draw=None, train=TensorDataset(*(t.clone() for t in usual.train.tensors)))
+    assert own.mark == same.mark != replace(own, train=usual.test).mark
+    settings = {"clean_images": 200, "judged": 100, "epochs": 1}
+    names = {
+        Evaluation("digits", ["badnets"], ["norm"], splits=parts, **settings).plan()[0].name for parts in (None, usual, other, fewer, own)
+    }
+    assert len(names) == 4
