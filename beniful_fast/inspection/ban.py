@@ -355,12 +355,13 @@ def run(job: Job) -> Evidence:
     plain = torch.stack([class_shares(run.plain) for run in runs]).mean(0)
     rates = torch.stack([run.masked for run in runs]).mean(0)
     share, top = float(shares.max()), int(shares.argmax())
-    statistic, threshold, lead = share, SHARE_THRESHOLD, math.nan
+    statistic, threshold, lead, drawn, rival = share, SHARE_THRESHOLD, math.nan, math.nan, math.nan
     if not job.faithful:
         # With the top class, the classes that attract most without a mask: the hardest rivals where there are many.
         rivals = [k for k in plain.argsort(descending=True).tolist() if k != top][: FAST.rivals - 1]
         aimed = inspector.aimed([top, *rivals], job.seed)
-        lead = max(1 - float(aimed[1:].max()) / max(float(aimed[0]), 1e-6), 0.0)
+        drawn, rival = float(aimed[0]), float(aimed[1:].max())
+        lead = max(1 - rival / max(drawn, 1e-6), 0.0)
         statistic, threshold = math.sqrt(share * lead), THRESHOLD
     verdict, confidence = judge(statistic, *threshold)
     notes = _reservations(job, inspector)
@@ -373,6 +374,8 @@ def run(job: Job) -> Evidence:
     statistics = {
         "share": share,
         "lead": lead,
+        "aimed_share": drawn,
+        "aimed_rival_share": rival,
         "mean_share": float(masked.mean(0)[top]),
         "runner_up_share": float(shares.sort().values[-2]),
         "share_without_mask": float(plain.max()),
