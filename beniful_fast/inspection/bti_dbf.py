@@ -145,7 +145,7 @@ def bti_dbf(
             raise ValueError(f"{name}: got {value!r}, takes a positive whole number")
     data = checked(images, labels, seed)
     with reproducible(seed, place):
-        net = Frozen(model, data.images[:2], place, precision)
+        net = Frozen(model, data.images[:2], place, precision, labels)
         run = _Run(net, data, _layer(net, data.images, layer), batch_size, seed, progress or (lambda row: None))
         mask = run.mask(mask_epochs)
         generator = run.generate(mask, generator_epochs, image_bound, feature_bound)

@@ -25,9 +25,12 @@ class Frozen:
         images: a few (N, C, H, W); one forward pass tells the number of classes.
         device: None is the model's own.
         precision: None, or "bf16" for autocast.
+        labels: class numbers that the model's classes must hold.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, device: torch.device, precision: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, images: Tensor, device: torch.device, precision: str | None = None, labels: Tensor | None = None
+    ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision: got {precision!r}, takes one of {', '.join(map(repr, PRECISIONS))}")
         twin = copied(unwrap(model)).to(device).eval().requires_grad_(False)
@@ -50,6 +53,9 @@ class Frozen:
         if bool(logits.isnan().any()):
             raise ValueError("model: gives NaN logits for clean images; check its weights and the images' pixel range")
         self.n_classes = logits.shape[1]
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < self.n_classes:
+            found = f"classes {int(labels.min())} to {int(labels.max())}"
+            raise ValueError(f"labels: got {found}, but the model gives {self.n_classes}, 0 to {self.n_classes - 1}")
 
     def _probe(self, images: Tensor) -> Tensor:
         with torch.enable_grad():

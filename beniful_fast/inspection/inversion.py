@@ -179,7 +179,7 @@ def neural_cleanse(
         raise ValueError(f"success: got {success!r}, takes a share in (0, 1]")
     data = checked(images, labels, seed)
     with reproducible(seed, place):
-        net = Frozen(model, data.images[:2], place, precision)
+        net = Frozen(model, data.images[:2], place, precision, labels)
         wanted = list(range(net.n_classes)) if classes is None else [int(c) for c in classes]
         if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(net.n_classes)):
             raise ValueError(f"classes: got {wanted}, takes different numbers from 0 to {net.n_classes - 1}")

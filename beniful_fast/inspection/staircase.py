@@ -135,7 +135,7 @@ def fit_staircase(
             raise ValueError(f"{name}: got {number!r}, takes a finite number >= 0")
     data = checked(images, labels, seed)
     with reproducible(seed, place):
-        net = Frozen(model, data.images[:2], place, precision)
+        net = Frozen(model, data.images[:2], place, precision, labels)
         wanted = [int(target) for target in targets]
         if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(net.n_classes)):
             raise ValueError(f"targets: got {wanted}, takes different classes from 0 to {net.n_classes - 1}")
@@ -185,11 +185,11 @@ class _Fit:
             torch.optim.Adam(part.parameters(), rate, ADAM) for part, rate in zip((self.generators, self.statistics), RATES, strict=True)
         ]
         self.goals = torch.tensor(targets, device=net.device).repeat_interleave(len(betas))
-        self.limits = torch.tensor(self.betas, device=net.device).repeat(len(targets))
+        self.limits = torch.tensor(self.betas, device=net.device, dtype=torch.float32).repeat(len(targets))
         self.active = torch.arange(count, device=net.device)
         self.log_average: Tensor | None = None  # of E[exp T], each generator's
         self.taken = torch.zeros(count, dtype=torch.int64)
-        self.smooth, self.best = torch.zeros(count), torch.full((count,), -math.inf)
+        self.smooth, self.best = (torch.full((count,), value, dtype=torch.float32) for value in (0.0, -math.inf))
         self.rose = torch.zeros(count, dtype=torch.int64)
         self.begun = torch.zeros(count, dtype=torch.bool)
         self.finished: dict[int, dict[str, Tensor]] = {}
@@ -204,7 +204,7 @@ class _Fit:
         return self.net.prepare(self.data.images[rows]), self.data.labels[rows].to(self.net.device)
 
     def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.random).to(self.net.device)
+        return torch.rand(*shape, generator=self.random, dtype=torch.float32).to(self.net.device)
 
     def step(self) -> tuple[float, float]:
         """One step of every active generator; gives mean clipped softmax and mean mutual information."""
@@ -220,7 +220,9 @@ class _Fit:
         clipped, gradient = self._success(x, y, triggers, which)
         self.optimizers[0].zero_grad(set_to_none=True)
         # The model's share of the gradient was taken at the triggers; the rest of the graph is small.
-        torch.autograd.backward([triggers, self.alpha * information.sum()], [-gradient, torch.tensor(-1.0, device=x.device)])
+        torch.autograd.backward(
+            [triggers, self.alpha * information.sum()], [-gradient, torch.tensor(-1.0, device=x.device, dtype=torch.float32)]
+        )
         self.optimizers[0].step()
         gains, told = clipped.cpu(), information.detach().cpu()
         self._judge(gains + self.alpha * told)
@@ -233,7 +235,7 @@ class _Fit:
             now = marginal.logsumexp(1) - math.log(marginal.shape[1])
             if self.log_average is None:
                 self.log_average = now.clone()
-            shares = torch.tensor([1 - AVERAGE, AVERAGE], device=now.device).log()
+            shares = torch.tensor([1 - AVERAGE, AVERAGE], device=now.device, dtype=torch.float32).log()
             self.log_average[which] = torch.logaddexp(shares[0] + self.log_average[which], shares[1] + now)
             average = self.log_average[which][:, None]
         # Far above its average exp T would overflow, as the first steps of a slow average do.
@@ -259,10 +261,14 @@ class _Fit:
         counts = y.repeat(groups) != goals
         shares = counts.view(groups, n).sum(1).clamp(min=1).repeat_interleave(n)
         leaf = triggers.detach().requires_grad_()
-        noisy = (leaf + self.noise * torch.randn(leaf.shape, generator=self.random).to(leaf.device)).flatten(0, 1).unflatten(1, self.shape)
+        noisy = (
+            (leaf + self.noise * torch.randn(leaf.shape, generator=self.random, dtype=torch.float32).to(leaf.device))
+            .flatten(0, 1)
+            .unflatten(1, self.shape)
+        )
         stamped = self.rule.stamp(x.repeat(groups, 1, 1, 1), noisy.to(x.dtype), self.low.to(x.dtype), self.high.to(x.dtype), self.random)
         images = stamped.detach()
-        success, gradient = torch.full((groups * n,), math.nan, device=x.device), torch.zeros_like(images)
+        success, gradient = torch.full((groups * n,), math.nan, device=x.device, dtype=torch.float32), torch.zeros_like(images)
         rows = counts.nonzero().flatten()
         if self.fast and self.saturated > SKIP_FROM:
             # Few samples have a gradient left: a quarter of them is asked, and counts four times.

@@ -104,9 +104,9 @@ class Generators(nn.Module):
             for parameters, shape in ((self.weights, (count, fan_in, fan_out)), (self.biases, (count, 1, fan_out))):
                 parameters.append(nn.Parameter(torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)))
         for name, value in (("gain", 1.0), ("shift", 0.0)):
-            setattr(self, name, nn.Parameter(torch.full((CHUNKS - 1, count, 1, hidden), value)))
+            setattr(self, name, nn.Parameter(torch.full((CHUNKS - 1, count, 1, hidden), value, dtype=torch.float32)))
         for name, value in (("mean", 0.0), ("var", 1.0)):
-            self.register_buffer(name, torch.full((CHUNKS - 1, count, 1, hidden), value))
+            self.register_buffer(name, torch.full((CHUNKS - 1, count, 1, hidden), value, dtype=torch.float32))
 
     def forward(self, codes: Tensor, which: Tensor | None = None) -> Tensor:
         """(A, N, 64) codes to (A, N, out) triggers in [0, 1] of the generators `which` (A,), all by default.
@@ -118,7 +118,7 @@ class Generators(nn.Module):
     @torch.no_grad()
     def settle(self, generator: torch.Generator) -> None:
         """Takes `mean` and `var` over many codes, for eval mode."""
-        codes = torch.rand(self.count, POPULATION, CODE, generator=generator).to(self.mean.device)  # type: ignore[arg-type]
+        codes = torch.rand(self.count, POPULATION, CODE, generator=generator, dtype=torch.float32).to(self.mean.device)  # type: ignore[arg-type]
         stats: list[tuple[Tensor, Tensor]] = []
         self.train()
         self._run(codes, None, stats)
@@ -187,7 +187,7 @@ class TriggerDistribution:
 
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         """(G, n, C, h, w) triggers in [0, 1]."""
-        codes = torch.rand(len(self.betas), n, CODE, generator=generator)
+        codes = torch.rand(len(self.betas), n, CODE, generator=generator, dtype=torch.float32)
         with torch.no_grad():
             return self.generators(codes).unflatten(2, self.shape)
 

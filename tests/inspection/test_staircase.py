@@ -164,3 +164,22 @@ def test_bad_arguments(options: dict[str, object], message: str) -> None:
     x = images(40)
     with pytest.raises(ValueError, match=message):
         fit_staircase(SmallNet(), x, torch.arange(40) % 4, **({"targets": [0], "steps": 1} | options))  # type: ignore[arg-type]
+
+
+def test_labels_that_the_model_has_not_are_refused() -> None:
+    for labels in (torch.arange(60) % 5, torch.arange(60) % 4 - 1):
+        with pytest.raises(ValueError, match=r"labels: got classes .* but the model gives 4, 0 to 3"):
+            fit_staircase(seeded(SmallNet), images(60), labels, targets=[0], steps=2)
+
+
+def test_the_default_dtype_of_the_caller_is_of_no_matter() -> None:
+    options = {"targets": [0], "betas": (0.5,), "steps": 3, "hidden": 16, "batch_size": 8}
+    usual = fit_staircase(seeded(SmallNet), images(60), torch.arange(60) % 4, **options)  # type: ignore[arg-type]
+    torch.set_default_dtype(torch.float64)
+    try:
+        net, x = seeded(SmallNet).float(), images(60).float()
+        other = fit_staircase(net, x, torch.arange(60) % 4, **options)  # type: ignore[arg-type]
+        assert other.distributions[0].sample(4, seed=0).dtype == torch.float32
+        assert len(other.distributions[0].entropies) == len(usual.distributions[0].entropies)
+    finally:
+        torch.set_default_dtype(torch.float32)
