@@ -133,6 +133,8 @@ def _restart(module: nn.Module, keep: float) -> bool:
     if not shown and not isinstance(getattr(module, "weight", None), nn.Parameter | None):
         # A hook computes the weight anew in each pass (the old weight_norm), so a drawn one would not last.
         return False
+    if any(not hasattr(step, "right_inverse") for name in shown for step in module.parametrizations[name]):  # type: ignore[index,union-attr]
+        return False  # what it is computed from cannot be found
     tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor) and not k.startswith("parametrizations.")}
     old = {name: value.clone() for name, value in tensors.items()} | {name: getattr(module, name).clone() for name in shown}
     try:

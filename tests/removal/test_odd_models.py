@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 from beniful_fast.inspection import fit_staircase, inspect
@@ -184,6 +184,13 @@ def test_weight_norm_starts_anew_and_is_refused_where_a_cut_would_not_last() -> 
     with pytest.raises(ValueError, match="computed anew in each pass"):
         remove(net, (x, y), method="fine_pruning", epochs=1)
     assert not remove(net, (x, y), epochs=2, lr=0.1).did_nothing
+
+
+def test_a_parametrization_that_cannot_be_turned_round_is_left_as_it_is() -> None:
+    net = seeded(SmallNet)
+    parametrize.register_parametrization(net.fc, "weight", nn.Tanh(), unsafe=True)
+    kept = net.fc.bias.detach().clone()
+    assert start_anew(net, ["conv2", "fc"], 0.0) == ["conv2"] and torch.equal(net.fc.bias, kept)
 
 
 def test_a_layer_that_draws_itself_with_arguments_is_left_as_it_is() -> None:
