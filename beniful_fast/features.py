@@ -6,7 +6,7 @@ import copy
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .logits import find_logits
 from .maps import Layer, MapFinder, channel_last, first_tensor, peak, pool
-from .quiet import quiet
+from .quiet import quiet, restore
 
 PEAKS = "peaks of "
 _NAME = re.compile(r"^(?P<module>.*?)(?:#(?P<call>[1-9]\d*))?(?P<input>:input)?$")
@@ -61,6 +61,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: no nn.Module, or a ScriptModule, whose submodules take no hooks.
+        ValueError: parameters without values (lazy modules, the meta device).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
@@ -73,6 +74,11 @@ def unwrap(model: nn.Module) -> nn.Module:
             break
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model: got a ScriptModule (TorchScript), whose submodules take no hooks; give the nn.Module it was made from")
+    for p in model.parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"model: {type(model).__name__} has lazy parameters without values; run it once on a batch of images")
+        if p.is_meta:
+            raise ValueError(f"model: the weights of {type(model).__name__} are on the meta device; load them first")
     return model
 
 
@@ -138,6 +144,8 @@ class FeatureTap:
         self._modules = dict(self.model.named_modules(remove_duplicate=False))
         self._layers: list[Layer] = []
         self._resolved = False
+        self._rewritten: list[nn.Parameter] | None = None
+        self._as_found: list[tuple[Tensor, Tensor]] | None = None
         names = [] if layer is None else [layer] if isinstance(layer, str) else list(layer)
         if layer is not None and not names:
             raise ValueError("layer: got no names, takes None, a module's name, or several")
@@ -191,9 +199,31 @@ class FeatureTap:
         """The module that a layer name names."""
         return self._modules[self._parse(layer).module]
 
-    def quiet(self) -> AbstractContextManager[None]:
-        """Within it the model runs without leaving a trace, see `quiet`."""
-        return quiet(self.model)
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Within it the model runs without leaving a trace, see `quiet`; parameters that its forward writes are put back as well."""
+        with quiet(self.model):
+            if self._as_found is not None:  # already within
+                yield
+                return
+            self._as_found = [(p, p.detach().clone()) for p in self._rewritten or ()]
+            try:
+                yield
+            finally:
+                found, self._as_found = self._as_found, None
+                restore(found)
+
+    def _call(self, x: Tensor) -> Any:
+        """The model's output; the first call finds the parameters that a forward pass writes (a norm held by `weight.data = ...`)."""
+        if self._rewritten is not None:
+            return self.model(x)
+        copies = [(p, p.detach().clone()) for p in self.model.parameters() if p.layout == torch.strided]
+        try:
+            return self.model(x)
+        finally:
+            self._rewritten = [p for p in restore(copies) if isinstance(p, nn.Parameter)]
+            if self._as_found is not None:
+                self._as_found += [(p, copy) for p, copy in copies if any(p is each for each in self._rewritten)]
 
     def resolve(self, x: Tensor) -> tuple[str, ...]:
         """Finds the default layer and modules that run more than once by one probing pass over a few images (N, ...).
@@ -262,7 +292,7 @@ class FeatureTap:
         handles += [module.register_forward_hook(lambda module, _, output: note(module, output, False)) for module in hookable]
         try:
             with self.quiet():
-                find_logits(self.model(x.clone()), len(x))
+                find_logits(self._call(x.clone()), len(x))
         finally:
             for handle in handles:
                 handle.remove()
@@ -313,7 +343,7 @@ class FeatureTap:
             self.resolve(x[:2])
         found: dict[str, Tensor] = {}
         with self.hooked(found, len(x)):
-            output = self.model(x)
+            output = self._call(x)
         maps = [f"{PEAKS}{name}" for name in self.peak_layers]
         for name in (*self.layers, *maps):
             if name not in found:
@@ -349,7 +379,7 @@ class FeatureTap:
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
                 if value.dim() > 2:
-                    last = channel_last(module, value, layer.input)
+                    last = channel_last(module, value, layer.input) if layer.last is None else layer.last
                     view = [len(shift), *[1] * (value.dim() - 2), -1] if last else [len(shift), -1, *[1] * (value.dim() - 2)]
                     return value + shift.view(view).to(value.dtype)
                 return value + shift.to(value.dtype)

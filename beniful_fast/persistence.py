@@ -43,12 +43,30 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers; memory format and device do not matter."""
+    """SHA-256 over names, dtypes, shapes and bytes of all that the model computes with; memory format and device do not matter."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(_state(model).items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(bytes_of(tensor.cpu()).numpy().data)
+    state = _state(model)
+    for name, tensor in sorted(state.items()):
+        _add(digest, name, tensor)
+    # What a quantised layer packs, and a module's extra state.
+    for name, value in sorted((name, value) for name, value in model.state_dict().items() if name not in state):
+        _add(digest, name, value)
     return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        dense = value.dequantize() if value.is_quantized else value if value.layout == torch.strided else value.to_dense()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(bytes_of(dense.cpu()).numpy().data)
+    elif isinstance(value, tuple | list):
+        for i, part in enumerate(value):
+            _add(digest, f"{name}.{i}", part)
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            _add(digest, f"{name}.{key}", value[key])
+    elif isinstance(value, str | bytes | int | float | torch.dtype | None):
+        digest.update(f"{name} {value!r};".encode())
 
 
 def architecture(model: nn.Module) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,13 @@ class Pipeline:
     consistency: bool | None
     n_classes: int
     weight: float
+    _takes_channels_last: bool | None = None
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """The model leaves no trace, and the caller's autocast none in the numbers."""
+        with self._tap.quiet(), torch.autocast(self.device.type, enabled=False):
+            yield
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = PRECISIONS[self.precision]
@@ -65,9 +73,21 @@ class Pipeline:
         given = x
         x = x.to(self.device, self._dtype, non_blocking=True)
         if x.dim() == 4 and self._channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+            if self._takes_channels_last is None:
+                self._takes_channels_last = self._tries(x[:2].contiguous(memory_format=torch.channels_last))
+            if self._takes_channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
         # A model may normalise its input in place, and the caller's images are not to be changed.
         return x.clone() if x.data_ptr() == given.data_ptr() else x
+
+    def _tries(self, few: Tensor) -> bool:
+        """Whether the model takes images in this memory format: a `view` of its maps may want another."""
+        try:
+            with self._autocast():
+                self._tap._call(few.clone(memory_format=torch.preserve_format))
+        except RuntimeError:
+            return False
+        return True
 
     @property
     def _channels_last(self) -> bool:
@@ -113,6 +133,19 @@ class Pipeline:
             return raw
         distance, consistent = self._second(x, z, out, classes)
         return raw._replace(distance=distance, consistent=consistent)
+
+    def _warn_of_batches(self, few: Tensor) -> None:
+        """Of a model that sees the other images of a batch (BatchNorm without running statistics), or draws (functional dropout)."""
+        together, alone = self._forward(few).z, join([self._forward(x) for x in few.split(1)]).z
+        share = float((together - alone).abs().amax() / together.abs().amax().clamp_min(1e-12))
+        # Half precision rounds by about a hundredth; NaN is refused later.
+        if share > 0.05:
+            warnings.warn(
+                f"the model gives features that differ by {share:.0%} for an image alone and in a batch: it draws at random, or has norm "
+                "layers without running statistics, so that scores depend on the other images of a batch",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
     def _second(self, x: Tensor, z: Tensor, out: Tapped, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Distance and consistency (both (N,)) that need the images."""

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+# Hooks and modes are the module's, so two threads in one model would get each other's features.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
+
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no compiled calls; everything as before afterwards, whatever happens.
+    """Eval mode, no gradients, no compiled calls; everything as before afterwards, whatever happens. One thread at a time for each model.
+
+    Attributes of a module that are no tensors of its state, such as a counter in Python, stay as the model leaves them.
 
     Args:
         model: the plain module, without the wrappers that `features.unwrap` takes off.
     """
+    with _MAKING:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock, _put_back(model):
+        yield
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     modes = [module.training for module in modules]
     names = [(dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
@@ -43,7 +59,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
                 module._buffers.clear()
                 module._buffers.update(held)
                 module._non_persistent_buffers_set = not_saved
-        _restore(buffers)
+        restore(buffers)
 
 
 def _eager(compiled: bool) -> AbstractContextManager[Any]:
@@ -58,12 +74,14 @@ def bytes_of(value: Tensor) -> Tensor:
     return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
 
 
-def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    """Gives each buffer its copy's bits back, and writes only where they differ; batch norm writes without counting versions."""
+def restore(buffers: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Gives each tensor its copy's bits back where they differ, and returns those; batch norm writes without counting versions."""
+    written = []
     differs: dict[torch.device, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for buffer, copy in buffers:
         if buffer.shape != copy.shape or buffer.dtype != copy.dtype or buffer.device != copy.device:
             buffer.data = copy
+            written.append(buffer)
         elif copy.layout == torch.strided and not copy.is_meta:
             differs.setdefault(copy.device, []).append((buffer, copy, (bytes_of(buffer) != bytes_of(copy)).any()))
     for rows in differs.values():
@@ -73,3 +91,5 @@ def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
             if changed:
                 with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(copy)
+                written.append(buffer)
+    return written

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,7 @@ class Screener(Pipeline):
 
     def _fit(self, clean: Any, calibration: Any) -> Screener:
         keep = self.reconstruct == "images" or bool(self.consistency)
+        self._takes_channels_last = None
         self._tap = FeatureTap(self.model, self._asked_layer, peaks=self.score_kind == "combined")
         raw, images = self._collect(clean, "clean", keep)
         n = len(raw.z)
@@ -177,7 +179,8 @@ class Screener(Pipeline):
             self._refuse_nan(held_raw, "calibration")
             check_count(len(held_raw.z), self.fpr, self.guarantee, self.delta, self.two_sided)
         self.n_fit = len(fit_raw.z)
-        self._learn(fit_raw, fit_images)
+        with torch.autocast(self.device.type, enabled=False):
+            self._learn(fit_raw, fit_images)
         held_scores, held_predictions, _ = self._from_cache(held_raw, held_images)
         self._calibrate(held_scores, held_predictions)
         self.weights_hash = persistence.weights_hash(self.model)
@@ -214,7 +217,7 @@ class Screener(Pipeline):
         self._fitted()
         for x, keys in batches(loader, "loader", self._read, first_row):
             # Not around the yield: between batches the model is the caller's, in the state he left it.
-            with self._tap.quiet():
+            with self._undisturbed():
                 raw = [self._forward(part) for part in self._split(x)]
                 scores, predictions, consistent = self._finish(join(raw))
             yield self._result(scores, predictions, consistent, keys)
@@ -303,7 +306,9 @@ class Screener(Pipeline):
         vae, self._vae = self._vae, None
         try:
             for x, _ in batches(data, name, self._read, keyed=False):
-                with self._tap.quiet():
+                with self._undisturbed():
+                    if not parts:
+                        self._warn_of_batches(x[:2])
                     parts += [self._forward(part) for part in self._split(x)]
                 if keep:
                     kept.append(x.cpu())
@@ -311,6 +316,8 @@ class Screener(Pipeline):
             self._vae = vae
         if not parts:
             raise ValueError(f"{name}: got no images; the loader, dataset or tensor is empty")
+        if len(sizes := {tuple(x.shape[1:]) for x in kept}) > 1:
+            raise ValueError(f"{name}: got images of {len(sizes)} sizes, which can't be kept together; resize them")
         return join(parts), torch.cat(kept) if keep else None
 
     def _refuse_nan(self, raw: Raw, name: str) -> None:
@@ -383,7 +390,7 @@ class Screener(Pipeline):
 
     def _from_cache(self, raw: Raw, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scores of images whose raw values are cached; those that need the images run again."""
-        with self._tap.quiet():
+        with self._undisturbed():
             if self._consistent_by in ("image", "second forward"):
                 assert images is not None
                 raw = join([self._forward(part) for part in self._split(images)])
@@ -406,19 +413,23 @@ class Screener(Pipeline):
         waiting: list[Raw] = []
         done: list[tuple[Tensor, Tensor, Tensor | None]] = []
         rows = 0
-        with self._tap.quiet():
+        # One state for all of a tensor; a loader may use the model itself, so it runs in the caller's.
+        whole, each = (self._undisturbed(), nullcontext) if isinstance(data, Tensor) else (nullcontext(), self._undisturbed)
+        with whole:
             for x, names in batches(data, "x", self._read):
                 keys += names
-                for part in self._split(x):
-                    waiting.append(self._forward(part))
-                    rows += len(part)
-                    if rows >= FLUSH_ROWS:
-                        done.append(self._finish(join(waiting)))
-                        waiting, rows = [], 0
+                with each():
+                    for part in self._split(x):
+                        waiting.append(self._forward(part))
+                        rows += len(part)
+                        if rows >= FLUSH_ROWS:
+                            done.append(self._finish(join(waiting)))
+                            waiting, rows = [], 0
                 if progress is not None:
                     progress(len(x))
             if waiting:
-                done.append(self._finish(join(waiting)))
+                with each():
+                    done.append(self._finish(join(waiting)))
         if not done:
             raise ValueError("x: got no images; the loader, dataset or tensor is empty")
         consistent = None if done[0][2] is None else torch.cat([part[2] for part in done if part[2] is not None])
