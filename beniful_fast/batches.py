@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x")
 KEY_KEYS = ("key", "path", "file_name", "filename", "id")
 
 
-def _images_of(batch: Any, name: str) -> Tensor:
+def _found(batch: Any, name: str) -> Any:
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in IMAGE_KEYS if key in batch), None)
         if found is None:
             raise TypeError(f"{name}: got a dict with keys {sorted(map(str, batch))}, takes one with {', '.join(map(repr, IMAGE_KEYS))}")
-    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch):
-        found = batch[0]
-    else:
-        found = batch
+        return found
+    return batch[0] if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) else batch
+
+
+def _images_of(batch: Any, name: str) -> Tensor:
+    found = _found(batch, name)
     if not isinstance(found, Tensor):
         raise TypeError(
             f"{name}: got batches of {type(found).__name__}, takes image tensors, (image, label, ...) tuples or dicts with 'image'"
         )
     return found
+
+
+def _collate(items: list[Any], name: str) -> Any:
+    """Torch's own, which says of a PIL image neither the argument nor the cure."""
+    found = _found(items[0], name)
+    if not isinstance(found, Tensor | np.ndarray):
+        raise TypeError(
+            f"{name}: got items of {type(found).__name__}, takes image tensors, (image, label, ...) tuples or dicts with 'image'; "
+            "for PIL images add transforms.ToTensor() to the data set"
+        )
+    return default_collate(items)
 
 
 def _keys_of(batch: Any, n: int, row: int, name: str) -> list[Any]:
@@ -42,6 +57,10 @@ def _keys_of(batch: Any, n: int, row: int, name: str) -> list[Any]:
             f"{name}: got {type(keys).__name__} for the keys of a batch of {n} images, takes a list or tensor with one an image"
         )
     keys = keys.tolist() if isinstance(keys, Tensor) else list(keys) if not isinstance(keys, str) else [keys]
+    # A pair as an item's key is collated to two columns, which in a batch of two would pass for two keys.
+    nested = next((key for key in keys if isinstance(key, list | tuple) or getattr(key, "ndim", 0) > 0), None)
+    if nested is not None:
+        raise TypeError(f"{name}: got {type(nested).__name__} as a key, takes one string or number an image; join several into one string")
     if len(keys) != n:
         raise ValueError(f"{name}: got {len(keys)} keys for a batch of {n} images, takes one an image")
     return keys
@@ -57,6 +76,8 @@ def check_images(x: Tensor, name: str) -> None:
     if x.dim() < 2 or x.dim() == 3:
         cure = "; for a single image use .unsqueeze(0)" if x.dim() == 3 else ""
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes a batch of images (N, C, H, W){cure}")
+    if len(x) and not x.numel():
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, inputs that hold no values; takes a batch of images (N, C, H, W)")
 
 
 def batches(data: Any, name: str, batch_size: int, first_row: int = 0, *, keyed: bool = True) -> Iterator[tuple[Tensor, list[Any]]]:
@@ -70,11 +91,13 @@ def batches(data: Any, name: str, batch_size: int, first_row: int = 0, *, keyed:
         source: Any = data.split(batch_size) if len(data) else ()
     elif isinstance(data, DataLoader):
         source = data
-    elif isinstance(data, IterableDataset):
-        source = DataLoader(data, batch_size=batch_size, generator=torch.Generator())
     elif isinstance(data, Dataset):
+        if not isinstance(data, IterableDataset) and not hasattr(data, "__len__"):
+            raise TypeError(f"{name}: got {type(data).__name__}, a Dataset without length; give it __len__, or make it an IterableDataset")
         # An empty one has no sampler to make a loader of.
-        source = DataLoader(data, batch_size=batch_size, generator=torch.Generator()) if len(data) else ()  # type: ignore[arg-type]
+        empty = not isinstance(data, IterableDataset) and not len(data)  # type: ignore[arg-type]
+        collate = partial(_collate, name=name)
+        source = () if empty else DataLoader(data, batch_size=batch_size, generator=torch.Generator(), collate_fn=collate)
     elif isinstance(data, str | bytes | Mapping) or not hasattr(data, "__iter__"):
         raise TypeError(f"{name}: got {type(data).__name__}, takes a tensor (N, C, H, W), a Dataset, or a DataLoader")
     else:

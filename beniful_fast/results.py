@@ -59,10 +59,13 @@ class ScreeningResult:
             **columns, consistent=torch.cat(with_it) if with_it else None, keys=keys, fpr=first.fpr, fallback_classes=first.fallback_classes
         )
 
+    def _numbered(self) -> bool:
+        return all(type(key) is int and -(1 << 63) <= key < 1 << 63 for key in self.keys)
+
     def to_dict(self) -> dict[str, list[Any]]:
-        """{column: list}: key, score, p_value, flag, prediction, consistent."""
+        """{column: list}: key (int if all keys are 64-bit ints, else str), score, p_value, flag, prediction, consistent."""
         return {
-            "key": self.keys if all(type(key) is int for key in self.keys) else [str(key) for key in self.keys],
+            "key": self.keys if self._numbered() else [key_text(key) for key in self.keys],
             "score": self.scores.tolist(),
             "p_value": self.p_values.tolist(),
             "flag": self.flags.tolist(),
@@ -82,7 +85,7 @@ class ScreeningResult:
         except ImportError:
             raise ImportError("to_parquet needs pyarrow: pip install 'beniful_fast[cli]'") from None
         columns = self.to_dict()
-        key_type = pa.int64() if all(type(key) is int for key in self.keys) else pa.string()
+        key_type = pa.int64() if self._numbered() else pa.string()
         types = (key_type, pa.float32(), pa.float64(), pa.bool_(), pa.int64(), pa.bool_())
         table = pa.table({name: pa.array(values, type=kind) for (name, values), kind in zip(columns.items(), types, strict=True)})
         with replacing(Path(path)) as temporary:
@@ -101,7 +104,7 @@ class ScreeningResult:
             lines.append("flagged inputs are predicted as " + ", ".join(f"class {int(classes[i])}: {int(counts[i])}" for i in top))
             order = self.scores.nan_to_num(nan=float("inf")).argsort(descending=True, stable=True)
             worst = [i for i in order.tolist() if self.flags[i]][:5]
-            lines.append("most suspicious: " + ", ".join(f"{self.keys[i]} (p={float(self.p_values[i]):.3g})" for i in worst))
+            lines.append("most suspicious: " + ", ".join(f"{key_text(self.keys[i])} (p={float(self.p_values[i]):.3g})" for i in worst))
         if self.consistent is not None:
             lines.append(f"{int((~self.consistent).sum())} inputs are inconsistent: their reconstruction is predicted as another class")
         if self.fallback_classes:
@@ -110,6 +113,11 @@ class ScreeningResult:
 
     def __repr__(self) -> str:
         return f"ScreeningResult({self.summary()})"
+
+
+def key_text(key: Any) -> str:
+    """A key as text that can be written: a file name that is no UTF-8 holds surrogates, which parquet and terminals refuse."""
+    return str(key).encode("utf-8", "backslashreplace").decode()
 
 
 class replacing:

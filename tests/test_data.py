@@ -84,6 +84,17 @@ def test_modes_of_pictures(tmp_path: Path) -> None:
     assert load(tmp_path, channels=1).shape == (1, 6, 6)
 
 
+def test_integer_pixels_of_unknown_range_are_refused(tmp_path: Path) -> None:
+    grey = pixels(1, 6, 6)[0].astype(np.int32) * 257
+    Image.fromarray(grey).save(tmp_path / "a.tiff")
+    assert torch.allclose(load(tmp_path)[0][0][0], torch.from_numpy(grey) / 65535, atol=1e-6)
+    for worst, message in ((70000, "to 70000, takes 8 or 16 bits"), (-1, "from -1 to")):
+        grey[2, 3] = worst
+        Image.fromarray(grey).save(tmp_path / "a.tiff")
+        with pytest.raises(DataError, match=rf"a\.tiff: holds integer pixels .*{message}"):
+            load(tmp_path)[0]
+
+
 # CIFAR
 
 
@@ -164,6 +175,46 @@ def test_folder_splits(tmp_path: Path) -> None:
     assert load(tmp_path, "validation")[0][1:] == (0, "cat/a.png")
     with pytest.raises(DataError, match="holds the splits train, val; name one"):
         load(tmp_path)
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels(1, 4, 4, 3)[0]).save(path)
+
+
+def test_a_split_is_not_taken_for_a_class(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        picture(tmp_path / "train" / name / "a.png")
+    (tmp_path / "docs").mkdir()
+    alone = load(tmp_path)
+    assert (alone.classes, alone.labels().tolist(), alone.key(1)) == (["cat", "dog"], [0, 1], "dog/a.png")
+    picture(tmp_path / "Testing/cat/a.png")
+    with pytest.raises(DataError, match="holds the splits test, train; name one"):
+        load(tmp_path)
+    picture(tmp_path / "extra/cat/a.png")
+    with pytest.raises(DataError, match="holds the splits test, train beside extra; name a split"):
+        load(tmp_path)
+    assert load(tmp_path, "train").classes == ["cat", "dog"]
+    assert load(tmp_path, "extra").classes == ["cat"]
+    picture(tmp_path / "test/cat/a.png")
+    with pytest.raises(DataError, match="Testing and test are one split; load the folder you mean"):
+        load(tmp_path, "test")
+
+
+def test_images_beside_a_split_are_not_left_out_unsaid(tmp_path: Path) -> None:
+    picture(tmp_path / "train/cat/a.png")
+    picture(tmp_path / "loose.png")
+    with pytest.raises(DataError, match=r"holds the splits train beside loose\.png; name a split"):
+        load(tmp_path)
+    assert load(tmp_path, "train").classes == ["cat"]
+
+
+def test_a_class_may_be_called_as_a_split_is(tmp_path: Path) -> None:
+    for name in ("cat", "test"):
+        picture(tmp_path / name / "a.png")
+    (tmp_path / "test/.cache").mkdir()
+    picture(tmp_path / "test/.cache/a.png")
+    assert load(tmp_path).classes == ["cat", "test"]
 
 
 def test_folder_without_images(tmp_path: Path) -> None:

@@ -48,6 +48,21 @@ def test_parquet_of_plain_binary_without_labels(tmp_path: Path) -> None:
     check(load(tmp_path / "a.parquet", with_labels=False), array, [-1] * 3)
 
 
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.uint64(), pa.int8()])
+def test_labels_of_any_integer_type(tmp_path: Path, kind: pa.DataType) -> None:
+    array = pixels(3, 4, 4, 3)
+    labels = pa.array([1, None, 100], kind)
+    pq.write_table(pa.table({"img": [encoded(a) for a in array], "label": labels}), tmp_path / "a.parquet")
+    check(load(tmp_path / "a.parquet"), array, [1, -1, 100])
+
+
+def test_a_label_beyond_int64_names_the_file(tmp_path: Path) -> None:
+    table = pa.table({"img": [encoded(pixels(1, 4, 4, 3)[0])], "label": pa.array([1 << 63], pa.uint64())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: the label column can't be read"):
+        load(tmp_path / "a.parquet").labels()
+
+
 def test_a_row_that_is_no_image(tmp_path: Path) -> None:
     array = pixels(6, 4, 4, 3)
     cells: list[bytes | None] = [encoded(a) for a in array]

@@ -138,10 +138,12 @@ def as_table(result: Any) -> Any:
     """A ScreeningResult as an arrow table."""
     import pyarrow as pa
 
+    from ..results import key_text
+
     consistent = None if result.consistent is None else result.consistent.cpu().numpy()
     return pa.table(
         {
-            "key": pa.array([str(key) for key in result.keys], pa.string()),
+            "key": pa.array([key_text(key) for key in result.keys], pa.string()),
             "score": pa.array(result.scores.cpu().numpy().astype("float32")),
             "p_value": pa.array(result.p_values.cpu().numpy().astype("float64")),
             "flag": pa.array(result.flags.cpu().numpy()),

@@ -7,9 +7,10 @@ arrays. Nothing is ever unpickled.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ def load(
         source: "digits"; a file (.parquet, .npy, .npz, .bin) or folder (of parquet files, CIFAR binary batches, images); the name of a
             data set in the folder that the environment variable BENIFUL_DATA names; or an array or tensor of images.
         split: "train", "test" or "val", where the source has splits (`train-*.parquet`, `train/`, `data_batch_*.bin`, ...); None, the
-            default, where it has none.
+            default, where it has none or only one.
         size, crop, mean, std, channels: see `Preprocess`.
         on_error: "raise" a `DataError` for an image that can't be read, or give an image of "nan".
         image_column, label_column, with_labels: for parquet, see `ParquetImages`.
@@ -176,7 +177,48 @@ def _of_split(path: Path, files: list[Path], split: str | None) -> list[Path]:
 
 
 def _split_folder(path: Path, split: str | None) -> Path:
-    inside = {_canonical(entry.name): [entry] for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")}
-    if split is None and not (len(inside) > 1 and set(inside) <= set(SPLITS)):
-        return path
-    return _pick(path, {name: folders for name, folders in inside.items() if name in SPLITS or split is not None}, split)[0]
+    inside: dict[str, list[Path]] = {}
+    for folder in _folders(path):
+        inside.setdefault(_canonical(folder.name), []).append(folder)
+    if split is None:
+        named = {name: folders for name, folders in inside.items() if name in SPLITS}
+        # A class may be called "test" as well; it holds images, a split holds folders of them.
+        nested = any(_has_images(below) for folders in named.values() for folder in folders for below in _folders(folder))
+        if not nested and not (len(inside) > 1 and named == inside):
+            return path
+        if beside := list(itertools.islice(_beside(path, named), 3)):
+            raise DataError(
+                f"{path}: holds the splits {', '.join(sorted(named))} beside {', '.join(beside)}; "
+                "name a split, or give the splits a folder of their own"
+            )
+        inside = named
+    found = _pick(path, inside, split)
+    if len(found) > 1:
+        raise DataError(f"{path}: {' and '.join(folder.name for folder in found)} are one split; load the folder you mean")
+    return found[0]
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _has_images(path: Path) -> bool:
+    """Whether `FolderImages` would find an image in or below the folder."""
+    for _, folders, files in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(map(_is_image, files)):
+            return True
+    return False
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _beside(path: Path, named: dict[str, list[Path]]) -> Iterator[str]:
+    """The names of what holds images in the folder and is no split."""
+    for entry in sorted(path.iterdir()):
+        if (_canonical(entry.name) in named and entry.is_dir()) or entry.name.startswith("."):
+            continue
+        if _has_images(entry) if entry.is_dir() else _is_image(entry.name):
+            yield entry.name

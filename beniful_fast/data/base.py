@@ -89,7 +89,10 @@ class Preprocess:
         if image.mode == "F":
             raise ValueError("holds floating-point pixels of unknown range")
         if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion to 8 bits would saturate instead of scaling
-            return self.from_tensor(torch.from_numpy(np.array(image, dtype=np.float32) / 65535).unsqueeze(0), default=3)
+            grey = np.array(image, dtype=np.float32)
+            if grey.min() < 0 or grey.max() > 65535:
+                raise ValueError(f"holds integer pixels from {grey.min():.0f} to {grey.max():.0f}, takes 8 or 16 bits (0 to 65535)")
+            return self.from_tensor(torch.from_numpy(grey / 65535).unsqueeze(0), default=3)
         image = image.convert("L" if self.channels == 1 else "RGB")
         if self.size is not None:
             height, width = self._resized(image.height, image.width)

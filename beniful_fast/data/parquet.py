@@ -197,7 +197,9 @@ class ParquetImages(ImageDataset):
         parts = []
         for file in self._files:
             try:
-                parts.append(parquet.read_table(file, columns=[self._columns[1]]).column(0).fill_null(-1).to_numpy().astype(np.int64))
+                column = parquet.read_table(file, columns=[self._columns[1]]).column(0)
+                # An unsigned column can't hold the -1.
+                parts.append(column.cast("int64").fill_null(-1).to_numpy())
             except (OSError, ValueError) as error:
                 raise DataError(f"{file}: the label column can't be read ({_first_line(error)})") from error
         return torch.from_numpy(np.concatenate(parts))
