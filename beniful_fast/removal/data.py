@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -34,6 +36,10 @@ class CleanData:
 
 def _pairs(data: Any, name: str) -> Iterable[Any]:
     """What `batches` can iterate over, a pair of tensors and a Dataset cut into batches."""
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], np.ndarray | list):
+        # Labels of NumPy or plain numbers; what is none is refused below.
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            data = data[0], torch.as_tensor(data[1])
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor):
         if len(data[0]) != len(data[1]):
             raise ValueError(f"{name}: got {len(data[0])} images and {len(data[1])} labels, takes one label an image")

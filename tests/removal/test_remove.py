@@ -149,7 +149,8 @@ def test_all_layouts_of_clean_data_give_the_same_model() -> None:
         TensorDataset(x, y),
         DataLoader(TensorDataset(x, y), batch_size=7),
         dicts,
-        [(x[i], int(y[i])) for i in range(0)] or dicts,
+        (x, y.numpy()),
+        (x, y.tolist()),
     )
     models = [remove(seeded(SmallNet), form, method="finetune", epochs=1).model for form in forms]
     assert all(equal(state(models[0]), state(model)) for model in models[1:])
