@@ -62,7 +62,7 @@ def test_remove_writes_weights_of_a_repaired_network(suspect: list[str], capsys:
 
 def test_flagged_images_can_be_handed_over(suspect: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     np.save("flagged.npy", np.stack([data.load("digits")[i][0].numpy() for i in range(8)]))
-    options = ["--limit", "100", "--epochs", "1", "--out", "repaired.safetensors"]
+    options = ["--limit", "100", "--epochs", "2", "--out", "repaired.safetensors"]
     assert run("remove", *suspect, *options, "--suspicious", "flagged.npy") == 0
     assert "of 8 suspicious inputs" in capsys.readouterr().out
 

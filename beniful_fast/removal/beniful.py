@@ -119,6 +119,8 @@ def run(job: Job, options: Options) -> None:
             held = [m for m in job.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in again]
     with Taps(job.frozen, layers) as wanted, Taps(job.student, layers) as taps:
         loss = _Loss(job, options, wanted, taps)
+        if job.suspicious is not None and loss.recovers_from >= options.epochs:
+            job.notes.append("suspicious inputs are not used: they enter the recovery, for which no epoch is left; give more epochs")
         train(job, options, loss, phase="repair", slow=slow, held=held, before_epoch=loss.begin)
 
 

@@ -40,6 +40,8 @@ def test_suspicious_inputs_help_and_false_positives_do_not_harm() -> None:
     assert figures(helped.model)["ACC"] > figures(net)["ACC"] - 0.05
     assert ["suspicious" in row for row in helped.history] == [False] * 3 + [True] * 3
     assert any("lost the backdoored model's class" in note for note in helped.notes)
+    for short in ({"epochs": 1}, {"epochs": 2, "forget": 1.0}):
+        assert any("no epoch is left" in note for note in remove(net, clean, suspicious=flagged, **short).notes)  # type: ignore[arg-type]
     clean_only = remove(net, clean, suspicious=test[:50], **options)  # type: ignore[arg-type]
     assert figures(clean_only.model)["ACC"] > figures(net)["ACC"] - 0.05
 
