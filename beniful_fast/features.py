@@ -97,6 +97,11 @@ def copied(model: nn.Module) -> nn.Module:
         ) from None
 
 
+def no_gradient(what: str) -> ValueError:
+    """The error for a model whose forward cuts the gradient to its images, parameters, ..."""
+    return ValueError(f"model: no gradient reaches its {what}; take no_grad, inference_mode or detach out of its forward")
+
+
 def near(name: str, names: Sequence[str]) -> str:
     """The near matches of a misspelt layer name, for an error message."""
     close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)

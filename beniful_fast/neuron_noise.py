@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .features import no_gradient
+
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 BATCH_NORM = ("batch", "running")
 
@@ -74,7 +76,7 @@ class NeuronNoise:
         """One step of the sign gradient that raises `objective`, a scalar computed from calls of this object."""
         gradients = torch.autograd.grad(objective, list(self.noise.values()), allow_unused=True) if objective.requires_grad else ()
         if all(gradient is None for gradient in gradients):
-            raise ValueError("model: no gradient reaches its norm layers; take no_grad, inference_mode or detach out of its forward")
+            raise no_gradient("norm layers")
         with torch.no_grad():
             for d, gradient in zip(self.noise.values(), gradients, strict=True):
                 # A norm layer that did not run has no gradient.

@@ -330,8 +330,7 @@ class Screener(Pipeline):
     def _learn(self, raw: Raw, images: Tensor | None) -> None:
         """Everything that is fitted, from the fit half alone."""
         z, classes = raw.z, raw.classes
-        self._vae = self._consistent_by = None
-        self._gaussians = {}
+        self._vae, self._consistent_by, self._gaussians = None, None, {}
         self.r2 = math.nan
         doubts = []
         if bool((classes == classes[0]).all()):

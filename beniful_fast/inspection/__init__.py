@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..features import FeatureTap, copied, unwrap
+from ..features import FeatureTap, copied, no_gradient, unwrap
 from ..logits import find_logits, predicted
 from ..removal.data import LEAST, read_labelled
 from ..removal.training import PREDICT_BATCH, reproducible
@@ -135,4 +135,4 @@ def _check_gradient(model: nn.Module, job: Job) -> None:
     with torch.enable_grad():
         reaches = find_logits(model(few * 1), len(few)).requires_grad
     if not reaches:
-        raise ValueError("model: no gradient reaches its images; take no_grad, inference_mode or detach out of its forward")
+        raise no_gradient("images")

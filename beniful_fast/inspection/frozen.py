@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import copied, unwrap
+from ..features import copied, no_gradient, unwrap
 from ..logits import find_logits, two_logits
 from ..removal.data import CleanData, split
 from ..removal.training import PRECISIONS
@@ -49,7 +49,7 @@ class Frozen:
             self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             logits = self._probe(images)
         if not logits.requires_grad:
-            raise ValueError("model: no gradient reaches its images; take no_grad, inference_mode or detach out of its forward")
+            raise no_gradient("images")
         if bool(logits.isnan().any()):
             raise ValueError("model: gives NaN logits for clean images; check its weights and the images' pixel range")
         self.n_classes = logits.shape[1]

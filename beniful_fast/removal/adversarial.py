@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..features import no_gradient
+
 
 class Perturbation:
     """Projected gradient descent in the l-infinity ball, within the pixel range of the clean images (Madry et al. 2018, arXiv 1706.06083).
@@ -34,6 +36,6 @@ class Perturbation:
                 value = loss(moved)
                 (gradient,) = torch.autograd.grad(value, moved, allow_unused=True) if value.requires_grad else (None,)
             if gradient is None:
-                raise ValueError("model: no gradient reaches its images; take no_grad, inference_mode or detach out of its forward")
+                raise no_gradient("images")
             shift = (shift + 2 / self.steps * radius * gradient.sign()).clamp(-radius, radius)
         return (x + shift).clamp(low, high)

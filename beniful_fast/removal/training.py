@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..augment import crop_and_flip
+from ..features import no_gradient
 from ..logits import find_logits, predicted
 from .data import CleanData
 
@@ -263,7 +264,7 @@ def train(
             with job.autocast(recipe):
                 value, terms = compute(x, y)
             if not value.requires_grad:
-                raise ValueError("model: no gradient reaches its parameters; take no_grad, inference_mode or detach out of its forward")
+                raise no_gradient("parameters")
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             if step == 0 and (idle := sum(p.grad is None for p in parameters)):
