@@ -38,12 +38,25 @@ def variants(arch: str) -> dict[str, dict[str, Any]]:
         **{f"score {name}": {"score": name} for name in ("beniful", "mahalanobis")},
         **{f"latent {k}": {"latent": k} for k in (1, 2, 8, 16)},
         "no consistency": {"consistency": False},
+        **{f"consistency weight x {f:g}": {"weighted": f} for f in (0.5, 2, 4)},
         "two-sided": {"two_sided": True},
         "class-conditional": {"class_conditional": True},
         **{f"stage {i + 1}": {"layer": f"stages.{i}"} for i in range(last + 1)},
         "last two stages": {"layer": [f"stages.{last - 1}", f"stages.{last}"]},
         "images (reading B)": {"reconstruct": "images"},
     }
+
+
+class Weighted(bf.Screener):
+    """The Screener with another weight of inference consistency: a multiple of its own."""
+
+    def __init__(self, *args: Any, weighted: float = 1.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.factor = weighted
+
+    def _learn(self, *args: Any) -> None:
+        super()._learn(*args)
+        self.weight *= self.factor
 
 
 def judge(splits: Splits, name: str, twin: str, options: Mapping[str, Any], seed: int) -> dict[str, float]:
@@ -57,7 +70,7 @@ def judge(splits: Splits, name: str, twin: str, options: Mapping[str, Any], seed
     reached = predictions(net.model, triggered) == attack.goal(labels[victims])
 
     def scores(model: torch.nn.Module) -> tuple[Any, Any]:
-        screener = bf.Screener(model, fpr=FPR, seed=seed, **options).fit(splits.defender.tensors[0][:CLEAN])
+        screener = Weighted(model, fpr=FPR, seed=seed, **options).fit(splits.defender.tensors[0][:CLEAN])
         # What is flagged follows from the p-value, which two-sided and class-conditional calibration change and the score does not.
         p = [screener.p_value(x).double() for x in (clean, triggered)]
         if options.get("two_sided") or options.get("class_conditional"):

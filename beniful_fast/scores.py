@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+# Shares of the samples on which `typical` fits, step by step.
+CONCENTRATION = (*[0.5] * 5, 0.9)
 SCORES = ("combined", "beniful", "mahalanobis", "norm", "softmax")
 
 
@@ -58,19 +60,18 @@ def spread(z: Tensor) -> Tensor:
     return std + 1e-3 * std.mean() + 1e-6
 
 
-def typical(z: Tensor, predictions: Tensor, n_classes: int, share: float, rounds: int = 3) -> Tensor:
+def typical(z: Tensor, predictions: Tensor, n_classes: int, share: float) -> Tensor:
     """Which samples to fit on when some of them may be triggered: all but the farthest of their predicted class.
 
-    Concentration steps, as in FAST-MCD (Rousseeuw and Van Driessen 1999): the Mahalanobis distance is fitted on the samples that are kept,
-    then the farthest `share` of all is left out, a few times over. The start is the half nearest to the median of its class (Olive 2004):
-    triggered images lie close together, and a fit that begins with them learns them.
+    FAST-MCD (Rousseeuw and Van Driessen 1999): concentration steps, which fit the Mahalanobis distance on the nearest half of the samples,
+    then one step on nearly all, after which the farthest `share` is left out. The start is the half nearest to the median of its class
+    (Olive 2004): triggered images lie close together, and a fit that begins with them learns them.
 
     Args:
         z: (N, D) features.
         predictions: (N,) predicted classes.
         n_classes: how many there are.
         share: to leave out.
-        rounds: of fitting and leaving out.
 
     Returns:
         (N,) bool, True = fit on it.
@@ -80,13 +81,12 @@ def typical(z: Tensor, predictions: Tensor, n_classes: int, share: float, rounds
     for k in predictions.unique().tolist():
         mine = predictions == k
         distance[mine] = (t[mine] - t[mine].median(0).values).square().mean(1)
-    count = len(t) // 2
-    for _ in range(rounds):
-        kept = distance.topk(count, largest=False).indices
+    for fitted in CONCENTRATION:
+        kept = distance.topk(max(1, int(fitted * len(t))), largest=False).indices
         with torch.device(t.device):  # whatever the caller's default device is
             gaussians = ClassGaussians(t.shape[1], n_classes)
         distance = gaussians.fit(t[kept], predictions[kept])(t, predictions)
-        count = len(t) - int(share * len(t))
+    count = len(t) - int(share * len(t))
     return torch.zeros(len(t), dtype=torch.bool, device=t.device).index_fill_(0, distance.topk(count, largest=False).indices, True)
 
 

@@ -112,6 +112,20 @@ def test_typical_leaves_out_a_planted_cluster(planted):
     assert torch.equal(keep, typical(t, classes, 3, 0.03))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_typical_leaves_out_a_third_of_a_small_class(seed):
+    # A few clean samples are far off too; a fit on all but the share to leave out takes the cluster for the class.
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.randint(0, 20, (1200,), generator=generator)
+    scale = torch.where(torch.rand(1200, 1, generator=generator) < 0.03, 2.0, 1.0)
+    t = torch.randn(1200, 24, generator=generator) * scale + 4 * torch.nn.functional.one_hot(classes, 24)
+    away = torch.randn(24, generator=generator)
+    classes[:30] = 0
+    t[:30] = 12 * away / away.norm() + 0.2 * torch.randn(30, 24, generator=generator)
+    assert 0.25 < 30 / int((classes == 0).sum()) < 0.4
+    assert not typical(t, classes, 20, 0.03)[:30].any()
+
+
 def test_triggered_images_among_the_clean_ones_are_not_learnt(model):
     t, classes = contaminated()
     screener = Screener(model)

@@ -36,6 +36,7 @@ from .splits import Splits, load_splits
 DEFENCES = ("combined", "mahalanobis", "remove:beniful", "remove:finetune")
 FPR = 0.05
 CONTAMINATION = 0.01  # triggered images inside the "clean" set, in one of the experiments
+CONTAMINATION_SEED = 1_000_000
 # What removal may use beside clean data: a stream that the Screener filters.
 STREAM, STREAM_LEAST, STREAM_TRIGGERED = 500, 50, 0.1
 TRACED = 1000  # test images that judge each epoch of a removal
@@ -226,11 +227,9 @@ class Evaluation:
         twin = self.net(spec.clean)
         other = _Calibrated(name, options, clean, twin.model, spec.seed).scores(judged, triggered)
         result["auroc_clean_net"] = auroc(*other)
-        dirty = clean.clone()
-        few = torch.randperm(len(dirty), generator=torch.Generator().manual_seed(spec.seed))[: round(CONTAMINATION * len(dirty))]
-        dirty[few] = attack.stamp(dirty[few])
-        contaminated = _Calibrated(name, options, dirty, net.model, spec.seed).scores(judged, triggered)
-        result["auroc_contaminated"] = auroc(contaminated[0], contaminated[1][reached] if bool(reached.any()) else contaminated[1])
+        dirty = contaminated(clean, attack, spec.seed)
+        misled = _Calibrated(name, options, dirty, net.model, spec.seed).scores(judged, triggered)
+        result["auroc_contaminated"] = auroc(misled[0], misled[1][reached] if bool(reached.any()) else misled[1])
         return result
 
     # Inspection.
@@ -312,6 +311,14 @@ class Evaluation:
         stream[rows] = attack.stamp(stream[rows])
         flags = Screener(net.model, fpr=FPR).fit(self._defender()[0]).predict(stream)
         return stream[flags.cpu()] if bool(flags.any()) else None
+
+
+def contaminated(clean: Tensor, attack: Attack, seed: int) -> Tensor:
+    """(N, C, H, W) clean images of which 1 %, drawn by the seed, carry the trigger."""
+    # Not the detectors' own seed: its first permutation is their split into halves, and all of these would fall into the first.
+    draw = torch.Generator().manual_seed(CONTAMINATION_SEED + seed)
+    few = torch.randperm(len(clean), generator=draw)[: round(CONTAMINATION * len(clean))]
+    return clean.index_copy(0, few, attack.stamp(clean[few]))
 
 
 class _Calibrated:

@@ -11,9 +11,10 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from beniful_fast import inspect
+from beniful_fast.attacks import BadNets
 from beniful_fast.evaluation.corruptions import CORRUPTIONS
 from beniful_fast.evaluation.metrics import predictions
-from beniful_fast.evaluation.protocol import Evaluation
+from beniful_fast.evaluation.protocol import Evaluation, contaminated
 from beniful_fast.screening import Screener
 
 CLEAN, JUDGED = 200, 100
@@ -98,6 +99,15 @@ def test_screening_figures_by_hand(evaluation: Evaluation) -> None:
     assert result["fpr_low"] < 0.05 < result["fpr_high"]
     assert len(result["roc"]["fpr"]) == len(result["roc"]["tpr"]) and result["roc"]["tpr"][-1] == 1
     assert sum(result["histogram"]["clean"]) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_contamination_falls_into_both_halves(seed: int) -> None:
+    clean = torch.rand(2000, 3, 8, 8)
+    changed = (contaminated(clean, BadNets(), seed) != clean).flatten(1).any(1)
+    assert int(changed.sum()) == 20
+    first = torch.randperm(2000, generator=torch.Generator().manual_seed(seed))[:1000]
+    assert 3 <= int(changed[first].sum()) <= 17
 
 
 def test_a_detector_of_whole_streams_has_no_threshold(evaluation: Evaluation) -> None:
