@@ -156,7 +156,7 @@ class InputAware(Attack):
     def train_step(self, model: nn.Module, images: Tensor, labels: Tensor, rate: float) -> Tensor:
         self._take(images)
         may = self.candidates(labels).nonzero().flatten()
-        if not len(may):  # a batch of the target class alone
+        if not len(may) or not rate:  # a batch of the target class alone, or nothing to poison
             return F.cross_entropy(model(images), labels)
         self._learnt = True
         self._pattern.train()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ def fit_staircase(
     images: Tensor,
     labels: Tensor,
     *,
-    targets: Sequence[int],
+    targets: Sequence[int] | int,
     betas: Sequence[float] = BETAS,
     alpha: float = 0.1,
     rule: Rule | None = None,
@@ -104,7 +104,7 @@ def fit_staircase(
         images: clean (N, C, H, W), floating point, as the model takes them. Triggers stay in [0, 1] if these all do, else within the lowest
             and highest pixel of each channel (normalised images).
         labels: (N,) true class numbers. A target's own images do not count.
-        targets: classes to learn triggers for.
+        targets: classes to learn triggers for, or one of them.
         betas: ascending thresholds in (0, 1].
         alpha: weight of the mutual information, which keeps a generator's triggers apart.
         rule: size and place of a trigger; None is a 3 x 3 square at a random place.
@@ -131,12 +131,12 @@ def fit_staircase(
     if not betas or list(betas) != sorted(set(betas)) or not 0 < betas[0] <= betas[-1] <= 1:
         raise ValueError(f"betas: got {tuple(betas)}, takes ascending thresholds in (0, 1]")
     for name, number in (("alpha", alpha), ("noise", noise)):
-        if not 0 <= number < math.inf:
+        if not isinstance(number, int | float) or not 0 <= number < math.inf:
             raise ValueError(f"{name}: got {number!r}, takes a finite number >= 0")
     data = checked(images, labels, seed)
     with reproducible(seed, place):
         net = Frozen(model, data.images[:2], place, precision, labels)
-        wanted = [int(target) for target in targets]
+        wanted = [int(target) for target in (targets if isinstance(targets, Iterable) else [targets])]
         if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(net.n_classes)):
             raise ValueError(f"targets: got {wanted}, takes different classes from 0 to {net.n_classes - 1}")
         fit = _Fit(net, data, wanted, betas, alpha, rule, batch_size, hidden, noise, fast, seed)

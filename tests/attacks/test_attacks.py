@@ -420,6 +420,9 @@ def test_input_aware_takes_a_batch_of_the_target_alone() -> None:
     x, _ = images(6)
     y, net, attack = torch.ones(6, dtype=torch.int64), Net(), InputAware(target=1, width=4)
     assert torch.equal(attack.train_step(net, x, y, 0.5), nn.functional.cross_entropy(net(x), y))
+    # So does a rate of 0, which poisons nothing.
+    zero = torch.zeros_like(y)
+    assert torch.equal(attack.train_step(net, x, zero, 0.0), nn.functional.cross_entropy(net(x), zero))
     with pytest.raises(RuntimeError, match="untrained"):
         attack.stamp(x)
 

@@ -149,6 +149,8 @@ def test_full_images_and_images_of_another_scale() -> None:
         ({"targets": []}, "targets: got"),
         ({"targets": [0, 0]}, "targets: got"),
         ({"targets": [7]}, "targets: got .7., takes different classes from 0 to 3"),
+        ({"targets": 4}, "targets: got .4., takes different classes from 0 to 3"),
+        ({"alpha": None}, "alpha: got None, takes a finite number >= 0"),
         ({"betas": ()}, "betas: got"),
         ({"betas": (0.9, 0.5)}, "betas: got"),
         ({"betas": (0.5, 1.5)}, "betas: got"),
