@@ -215,11 +215,12 @@ def _list(evaluation: Any) -> None:
 def _write(evaluation: Any, out: Path, command: str) -> list[Path]:
     """All files, of what is finished."""
     from ..evaluation import exports, page
+    from ..evaluation.pictures import pictures_of
 
     cells = [done for cell in evaluation.plan() if (done := evaluation.cells.get(cell)) is not None]
     if not cells:
         return []
-    pictures = page.pictures_of(evaluation, SHOWN)
+    pictures = pictures_of(evaluation, SHOWN)
     return [*exports.write(cells, out, command), page.write(cells, out / "report.html", command=command, pictures=pictures)]
 
 

@@ -9,26 +9,19 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..data.base import need
 from ..report import CLEAN, GREY, INK, LINES, TRIGGERED
 from ..results import replacing
 from .leaderboard import Done, Section, made_by, sections
+from .pictures import AMPLIFIED, Shown, trigger_picture
 from .tables import mean
-
-if TYPE_CHECKING:
-    from .protocol import Evaluation
 
 COLOURS = (*LINES, "#7d5ba6", "#a8673b", "#2f9c95", "#c76b98", "#3d3d3d", "#9aa53a")
 COLUMNS = 3  # panels in a row
-AMPLIFIED = 5  # how much the picture of a trigger's difference is
-
-Pictures = Mapping[str, Sequence[Tensor]]
-"""For each attack (clean images, triggered images[, heat maps]): (k, C, H, W) in [0, 1] twice; heat maps (k, H, W), any scale."""
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
@@ -42,13 +35,15 @@ pre { white-space: pre-wrap; }
 """
 
 
-def page(cells: Iterable[Done], *, command: str | None = None, pictures: Pictures | None = None, title: str = "Backdoor evaluation") -> str:
+def page(
+    cells: Iterable[Done], *, command: str | None = None, pictures: Mapping[str, Shown] | None = None, title: str = "Backdoor evaluation"
+) -> str:
     """The page's HTML.
 
     Args:
         cells: finished cells.
         command: the command line that made them.
-        pictures: for each attack its images before and after the trigger, and optionally heat maps to show below them.
+        pictures: for each attack its images before and after the trigger, and where networks look.
         title: of the page.
 
     Raises:
@@ -63,8 +58,9 @@ def page(cells: Iterable[Done], *, command: str | None = None, pictures: Picture
         body += [_figure(picture, caption) for picture, caption in plots(section)]
     if pictures:
         body.append("<h2>Triggers</h2>")
-        caption = f"{{}}: clean, triggered, and their difference times {AMPLIFIED} (grey: none)."
-        body += [_figure(trigger_picture(*parts), caption.format(name), "png") for name, parts in pictures.items()]
+        for name, shown in pictures.items():
+            caption = f"{name}: clean, triggered, and their difference times {AMPLIFIED} (grey: none). {shown.note}"
+            body.append(_figure(trigger_picture(shown), caption.rstrip(), "png"))
     body.append(f"<h2>Made by</h2><p>{html.escape(made_by(cells))}</p>")
     if command:
         body.append(f"<pre>{html.escape(command)}</pre>")
@@ -78,19 +74,6 @@ def write(cells: Iterable[Done], path: str | os.PathLike[str], **more: Any) -> P
     with replacing(Path(path)) as file:
         file.write_text(text, "utf-8")
     return Path(path)
-
-
-def pictures_of(evaluation: Evaluation, count: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
-    """Test images before and after the trigger, for each attack whose network of the first seed is trained."""
-    out: dict[str, tuple[Tensor, Tensor]] = {}
-    trained = {done["key"]["net"] for done in evaluation.cells.all() if done["kind"] == "train"}
-    for spec in evaluation.nets:
-        attack = evaluation.net(spec).attack if spec.attack not in out and spec.name in trained else None
-        if spec.attack is not None and attack is not None:
-            images, labels = evaluation.splits().test.tensors
-            clean = images[attack.applies(labels)][:count]
-            out[spec.attack] = (clean, attack.stamp(clean))
-    return out
 
 
 def plots(section: Section) -> list[tuple[Any, str]]:
@@ -189,39 +172,6 @@ def history_plot(cells: Sequence[Done]) -> Any:
         axes.set(ylim=(-3, 103), xlabel="epoch", ylabel="%")
         axes.set_title(attack, loc="left", fontsize=11)
     _legend(figure, names)
-    return figure
-
-
-def trigger_picture(clean: Tensor, triggered: Tensor, heat: Tensor | None = None) -> Any:
-    """Rows of images: clean, triggered, their difference amplified around grey, and the heat maps if there are any.
-
-    Args:
-        clean, triggered: (k, C, H, W) in [0, 1], C = 1 or 3.
-        heat: (k, H, W) or (k, 1, H, W), higher = hotter, on any scale.
-
-    Raises:
-        ValueError: shapes that don't belong together.
-    """
-    if clean.shape != triggered.shape or clean.dim() != 4 or clean.shape[1] not in (1, 3):
-        raise ValueError(f"pictures: got {tuple(clean.shape)} and {tuple(triggered.shape)}, takes (k, 1 or 3, H, W) twice")
-    if heat is not None and (len(heat) != len(clean) or heat.shape[-2:] != clean.shape[-2:]):
-        raise ValueError(f"pictures: got heat maps {tuple(heat.shape)}, takes ({len(clean)}, {', '.join(map(str, clean.shape[-2:]))})")
-    rows = {"clean": clean, "triggered": triggered, f"difference x {AMPLIFIED}": ((triggered - clean) * AMPLIFIED / 2 + 0.5).clamp(0, 1)}
-    figure = _blank(1.15 * len(clean) + 1.1, 1.15 * (len(rows) + (heat is not None)) + 0.1)
-    grid = figure.subplots(len(rows) + (heat is not None), len(clean), squeeze=False)
-    for line, (name, images) in zip(grid, rows.items(), strict=False):
-        line[0].set_ylabel(name, fontsize=9)
-        for axes, image in zip(line, images.detach().float().cpu(), strict=True):
-            axes.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy(), interpolation="nearest")
-    if heat is not None:
-        grid[-1][0].set_ylabel("heat map", fontsize=9)
-        for axes, image, hot in zip(grid[-1], triggered.detach().float().cpu(), heat.detach().float().cpu(), strict=True):
-            axes.imshow(image.mean(0).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.imshow(hot.reshape(hot.shape[-2:]).numpy(), cmap="inferno", alpha=0.6, interpolation="nearest")
-    for axes in grid.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_visible(False)
     return figure
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html.parser
-import io
 import re
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 import torch
 
 from beniful_fast.evaluation.leaderboard import sections
-from beniful_fast.evaluation.page import page, plots, trigger_picture, write
+from beniful_fast.evaluation.page import page, plots, write
+from beniful_fast.evaluation.pictures import Shown
 
 from .finished_cells import removed, screened, trained
 
@@ -41,7 +41,11 @@ class Balance(html.parser.HTMLParser):
 
 
 def test_is_one_sound_file_without_scripts_or_links() -> None:
-    text = page(CELLS, command="beniful-fast evaluate", pictures={"badnets": (torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8))})
+    text = page(
+        CELLS,
+        command="beniful-fast evaluate",
+        pictures={"badnets": Shown(torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8), note="All of it.")},
+    )
     balance = Balance()
     balance.feed(text)
     assert balance.open == []
@@ -59,7 +63,7 @@ def test_all_text_is_escaped() -> None:
     for cell in cells:
         cell["key"]["dataset"] = evil
         cell["versions"] = {"torch": evil}
-    text = page(cells, command=evil, title=evil, pictures={evil: (torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))})
+    text = page(cells, command=evil, title=evil, pictures={evil: Shown(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4), note=evil)})
     assert "<script" not in text and "alert('x')" not in text
     assert "&lt;script&gt;alert(&#x27;x&#x27;)" in text
 
@@ -91,33 +95,6 @@ def test_detectors_without_finite_scores_have_no_histogram() -> None:
     cell = screened("badnets", "beniful", 0.5, histogram={"edges": [], "clean": [], "triggered": []})
     figure, _ = plots(sections([cell])[0])[1]
     assert len(figure.axes[0].patches) == 0
-
-
-def test_trigger_picture_shows_the_difference_around_grey() -> None:
-    clean = torch.full((2, 3, 4, 4), 0.5)
-    triggered = clean.clone()
-    triggered[:, :, 3, 3] += 0.1
-    shown = [axes.images[0].get_array() for axes in trigger_picture(clean, triggered).axes]
-    assert len(shown) == 6
-    assert shown[4][0, 0].tolist() == pytest.approx([0.5] * 3) and shown[4][3, 3].tolist() == pytest.approx([0.75] * 3)
-    figure = trigger_picture(clean, triggered, torch.rand(2, 1, 4, 4))
-    assert len(figure.axes) == 8 and len(figure.axes[-1].images) == 2
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    assert file.getvalue().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        (((2, 3, 4, 4), (1, 3, 4, 4)), "takes (k, 1 or 3, H, W) twice"),
-        (((2, 2, 4, 4), (2, 2, 4, 4)), "takes (k, 1 or 3, H, W) twice"),
-        (((2, 1, 4, 4), (2, 1, 4, 4), (2, 4, 5)), "takes (2, 4, 4)"),
-    ],
-)
-def test_pictures_that_do_not_belong_together(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        trigger_picture(*map(torch.zeros, shapes))
 
 
 def test_write_replaces_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
