@@ -185,18 +185,22 @@ def _alarms_table(section: Section, rows: Rows, suffix: str) -> Table:
     results = [[c["result"] for c in row] for row in cells]
     asked = next(iter(rows.values()))[0]["key"]["fpr"] * 100
     kinds = dict.fromkeys(kind for row in results for r in row for kind in r.get("fpr_corrupted", {}))
+
+    def rates(name: str, kind: str) -> list[list[Any]]:
+        return [[r.get(name, {}).get(kind) for r in row] for row in results]
+
     inside = [[r["fpr_low"] <= r["fpr"] <= r["fpr_high"] for r in row if r.get("fpr_low") is not None] for row in results]
     columns: list[Figures | Text] = [
         Figures("TPR % at FPR 1 %", [_values(row, "tpr_at_1_fpr") for row in cells], percent=True, better=1),
         Figures("TPR % at FPR 5 %", [_values(row, "tpr_at_5_fpr") for row in cells], percent=True, better=1),
         Figures(f"FPR % (asked: {asked:g})", [_values(row, "fpr") for row in cells], percent=True),
         Text("in its interval", [f"{sum(row)} of {len(row)}" if row else NOTHING for row in inside]),
-        *(Figures(f"FPR %, {k}", [[r.get("fpr_corrupted", {}).get(k) for r in row] for row in results], percent=True) for k in kinds),
+        *(Figures(f"FPR %, {k}", rates("fpr_corrupted", k), percent=True, beside=rates("fpr_corrupted_clean_net", k)) for k in kinds),
     ]
     notes = [
         "Means over attacks and seeds. TPR at a FPR takes the best threshold in hindsight; the FPR is that of the detector's own "
         "threshold, set on clean images. In its interval: networks whose FPR lies in the split-conformal guarantee's 99 % interval. The "
-        "last columns: the FPR on clean images changed in harmless ways."
+        "last columns: the FPR on clean images changed in harmless ways, in brackets on the clean network: a change may set off a backdoor."
     ]
     return table(f"Screening: true and false alarms{suffix}", {"detector": list(rows)}, columns, notes, barred=_incomplete(cells))
 

@@ -220,13 +220,14 @@ class Evaluation:
             interval = conformal_fpr_interval(FPR, len(detector.calibration), len(judged))
             result |= {"fpr_low": interval.low, "fpr_high": interval.high}
             # Half as many images: five rounds of them.
-            result["fpr_corrupted"] = {
-                kind: detector.rate(detector.detector.score(change(judged[: self.judged // 2]))) for kind, change in CORRUPTIONS.items()
-            }
+            result["fpr_corrupted"] = detector.rates_corrupted(judged[: self.judged // 2])
         # A detector that also sees the trigger on a network without backdoor only spots odd pixels.
         twin = self.net(spec.clean)
-        other = _Calibrated(name, options, clean, twin.model, spec.seed).scores(judged, triggered)
-        result["auroc_clean_net"] = auroc(*other)
+        other = _Calibrated(name, options, clean, twin.model, spec.seed)
+        result["auroc_clean_net"] = auroc(*other.scores(judged, triggered))
+        if other.calibration is not None:
+            # A change may set off the backdoor: then its flags are no false ones, and only the clean network shows what it does alone.
+            result["fpr_corrupted_clean_net"] = other.rates_corrupted(judged[: self.judged // 2])
         dirty = contaminated(clean, attack, spec.seed)
         misled = _Calibrated(name, options, dirty, net.model, spec.seed).scores(judged, triggered)
         result["auroc_contaminated"] = auroc(misled[0], misled[1][reached] if bool(reached.any()) else misled[1])
@@ -349,6 +350,10 @@ class _Calibrated:
         if self.calibration is None:
             return None
         return float(self.calibration.flags(self.calibration.p_values(scores)).double().mean())
+
+    def rates_corrupted(self, clean: Tensor) -> dict[str, float | None]:
+        """Share flagged of clean images (N, C, H, W) changed in each harmless way."""
+        return {kind: self.rate(self.detector.score(change(clean))) for kind, change in CORRUPTIONS.items()}
 
 
 def _numbers(scores: Tensor) -> np.ndarray:

@@ -37,6 +37,7 @@ def screened(
         **{"auroc_all_triggered": auroc, "auroc_against_target": None, "fpr": 0.04, "fpr_low": 0.01, "fpr_high": 0.12},
         **{"reached_target": 0.9, "n_clean": 100, "n_triggered": 90, "auroc_clean_net": 0.51, "auroc_contaminated": auroc - 0.1},
         "fpr_corrupted": {"noise": 0.06, "blur": 0.08},
+        "fpr_corrupted_clean_net": {"noise": 0.05, "blur": 0.07},
         "roc": {"fpr": [0.0, 0.5, 1.0], "tpr": [0.0, auroc, 1.0]},
         "histogram": {"edges": [0.0, 1.0, 2.0], "clean": [0.9, 0.1], "triggered": [0.2, 0.8]},
         **more,

@@ -80,11 +80,11 @@ def test_a_detector_that_has_not_met_every_attack_is_not_compared() -> None:
 def test_false_alarms() -> None:
     cells = [screened("badnets", "beniful", 0.9), screened("badnets", "beniful", 0.9, 1, fpr=0.2)]
     spectral = screened("badnets", "spectral", 0.9, fpr=None, tpr_at_1_fpr=0.75)
-    for name in ("fpr_low", "fpr_high", "fpr_corrupted"):
+    for name in ("fpr_low", "fpr_high", "fpr_corrupted", "fpr_corrupted_clean_net"):
         del spectral["result"][name]
     found = lines([*cells, spectral], "Screening: true and false alarms")
     assert found[0][3:] == ["FPR % (asked: 5)", "in its interval", "FPR %, noise", "FPR %, blur"]
-    assert found[1] == ["beniful", "**25.0**", "**50.0**", "12.0", "1 of 2", "6.0", "8.0"]
+    assert found[1] == ["beniful", "**25.0**", "**50.0**", "12.0", "1 of 2", "6.0 (5.0)", "8.0 (7.0)"]
     assert found[2] == ["spectral", "75.0", "50.0", "-", "-", "-", "-"]  # one seed of two: not compared
 
 
