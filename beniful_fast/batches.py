@@ -15,6 +15,11 @@ IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x")
 KEY_KEYS = ("key", "path", "file_name", "filename", "id")
 
 
+def evenly(images: Tensor, most: int) -> tuple[Tensor, ...]:
+    """(N, ...) in parts of like size, at most `most`: of a batch of one some models squeeze the batch away."""
+    return images.tensor_split(max(1, -(-len(images) // most)))
+
+
 def _found(batch: Any, name: str) -> Any:
     if isinstance(batch, Mapping):
         found = next((batch[key] for key in IMAGE_KEYS if key in batch), None)

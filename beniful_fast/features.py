@@ -86,10 +86,17 @@ def copied(model: nn.Module) -> nn.Module:
     """A deep copy of a plain module.
 
     Raises:
-        TypeError: it holds what cannot be copied, such as a lock or an activation with its graph.
+        TypeError: it holds what cannot be copied, such as a lock or a list of activations with their graph.
     """
+    # Weights that a hook computes (pruning, the old weight_norm) are no leaves, which deepcopy refuses; the next pass computes them anew.
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, computed)
     except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise TypeError(
             f"model: {type(model).__name__} cannot be copied ({str(error).splitlines()[0]}), and all work is done on a copy; "
@@ -99,7 +106,8 @@ def copied(model: nn.Module) -> nn.Module:
 
 def no_gradient(what: str) -> ValueError:
     """The error for a model whose forward cuts the gradient to its images, parameters, ..."""
-    return ValueError(f"model: no gradient reaches its {what}; take no_grad, inference_mode or detach out of its forward")
+    cures = "no_grad, inference_mode, detach and reentrant checkpoints"
+    return ValueError(f"model: no gradient reaches its {what}; take {cures} out of its forward")
 
 
 def near(name: str, names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .features import no_gradient
+from .logits import find_logits
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 BATCH_NORM = ("batch", "running")
@@ -28,6 +29,39 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 if not any(parameter is other for other in found.values()):
                     found[key] = parameter
     return found
+
+
+def recomputes(model: nn.Module, x: Tensor) -> bool:
+    """Whether a backward pass runs norm layers again (torch.utils.checkpoint): by then the noise is gone and gradients are wrong.
+
+    Args:
+        model: in the modes in which it will be used; its buffers may move.
+        x: images (N, ...) on its device.
+    """
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    handles = [module.register_forward_pre_hook(count) for module in model.modules() if isinstance(module, NORMS)]
+    try:
+        with torch.enable_grad():
+            few = x.clone().requires_grad_()
+            # Not the leaf itself: a model may normalise its input in place.
+            total = find_logits(model(few * 1), len(few)).float().sum()
+            before = calls
+            try:
+                torch.autograd.grad(total, few, allow_unused=True)
+            except RuntimeError as error:
+                return "checkpoint" in str(error).lower()  # the reentrant kind takes no autograd.grad
+            return calls > before
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+CHECKPOINTING = "recomputes activations in its backward pass (torch.utils.checkpoint), where noise is gone; switch checkpointing off"
 
 
 class NeuronNoise:

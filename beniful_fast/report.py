@@ -129,7 +129,11 @@ def inspection_report(report: InspectionReport, path: str | os.PathLike[str], mo
         axes.imshow(shown.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy(), vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_axis_off()
-    draw_heat(below, {name: (shown, heat_maps(model, shown)) for name, shown in rows.items()})
+    try:
+        draw_heat(below, {name: (shown, heat_maps(model, shown)) for name, shown in rows.items()})
+    except ValueError as error:
+        # A finished verdict is not lost for want of a picture.
+        below.text(0.01, 0.9, f"no heat maps: {error}", fontsize=9, wrap=True)
     where = "" if report.target is None else f" towards class {report.target}"
     figure.suptitle(f"{report.verdict}{where}, confidence {report.confidence:.2f}", x=0.01, ha="left", fontsize=13, fontweight="bold")
     figure.savefig(path, dpi=150)

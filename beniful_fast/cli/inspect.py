@@ -54,7 +54,7 @@ def inspect(
     where = o.device_of(device)
     images, labels = o.labelled(data, split, o.preprocessing(size, crop, mean, std, channels), limit, seed)
     net = load_model(model, weights, trust_model_file).to(where)
-    names = None if not methods else [name for text in methods for name in text.split(",")]
+    names = None if not methods else [name.strip() for text in methods for name in text.split(",")]
     with Console(stderr=True).status(f"inspecting with {len(images)} clean images") if o.watched() else nullcontext():
         report = run(net, (images, labels), methods=names, device=where, seed=seed)
     print(report.summary())

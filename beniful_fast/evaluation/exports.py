@@ -15,7 +15,7 @@ from .cells import write_json
 from .leaderboard import Done, markdown
 
 # What a row has no room for, or what its first columns say already.
-_NOT_IN_ROWS = {"roc", "histogram", "history", "recipe", "trigger", "triggers", "name"}
+_NOT_IN_ROWS = {"roc", "histogram", "history", "recipe", "trigger", "triggers", "name", "figures"}
 
 
 def rows(cells: Iterable[Done]) -> list[dict[str, Any]]:

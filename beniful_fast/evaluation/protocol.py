@@ -254,6 +254,7 @@ class Evaluation:
             "right_target": accused and report.target == net.card["target"],
             "statistics": {e.method: e.statistic for e in report.evidence},
             "verdicts": {e.method: e.verdict for e in report.evidence},
+            "figures": {e.method: e.statistics for e in report.evidence},
             "skipped": report.skipped,
             "inspect_seconds": seconds,
             "forward_images": sum(e.forward_images for e in report.evidence),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..batches import evenly
 from ..features import FeatureTap, copied, no_gradient, unwrap
 from ..logits import find_logits, predicted
 from ..removal.data import LEAST, read_labelled
@@ -71,7 +72,7 @@ def inspect(
         ValueError: an unknown method or layer, no labels, a single class, too few images, or labels that the model's classes don't have.
         TypeError: no nn.Module, no images, or a model without logits.
     """
-    names = list(METHODS) if methods is None else [methods] if isinstance(methods, str) else list(methods)
+    names = list(METHODS) if methods is None else [methods] if isinstance(methods, str) else list(dict.fromkeys(methods))
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         raise ValueError(f"methods: got {unknown[0] if unknown else names!r}, takes some of {', '.join(map(repr, METHODS))}")
@@ -115,9 +116,12 @@ def _prepare(
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     job = Job(twin, images[order], labels[order], 0, 0.0, device, dtype, seed, faithful, layer, progress)
     with torch.no_grad():
-        outputs = [find_logits(twin(job.to_device(part)), len(part)) for part in job.images[:1000].split(PREDICT_BATCH)]
+        outputs = [find_logits(twin(job.to_device(part)), len(part)) for part in evenly(job.images[:1000], PREDICT_BATCH)]
         _check_gradient(twin, job)
     logits = torch.cat(outputs)
+    if not bool(logits.isfinite().all()):
+        bad = int((~logits.isfinite()).any(1).sum())
+        raise ValueError(f"model: gives NaN or infinite logits for {bad} of {len(logits)} clean images; check weights and pixel range")
     job.classes = max(logits.shape[1], 2)
     if int(labels.max()) >= job.classes:
         raise ValueError(f"clean: got class {int(labels.max())}, but the model gives {job.classes} classes, 0 to {job.classes - 1}")

@@ -11,8 +11,11 @@ The fast path differs from the published procedure. Its choices are ours [O], ma
 - Three runs from different starts, and the share that one class keeps in all of them: a clean network's favourite class often changes with
   the start, a target class does not.
 - Some clean networks have a lasting favourite (cats, on CIFAR-10). So noise is then aimed at that class and, by equal steps, at its rivals:
-  a target class is reached sooner than any other, a mere favourite is not. lead = 1 - (share of the best rival) / (share of the class), and
-  the statistic is sqrt(share * lead).
+  a target class is reached sooner than any other, a mere favourite is not. The class reached first has
+  lead = 1 - (share of the second) / (its share), and the statistic is its sqrt(share * lead).
+- No class outweighs the others among the images: what a class holds beyond the median class is left out.
+- Where aimed noise alone tells one class from the others, sqrt(its share * lead) at or above the upper threshold, the verdict is not
+  "clean", even though the mask leaves nothing of it.
 - Each step of the noise sees other images, so that the noise is the network's and not one batch's.
 - BatchNorm takes the statistics of the batch throughout: with running ones clean networks collapse into one class as well.
 - The features are computed once under the finished noise, and the mask is fitted on the head alone.
@@ -37,15 +40,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..batches import evenly
 from ..features import FeatureTap
-from ..neuron_noise import NeuronNoise, norm_parameters
+from ..neuron_noise import CHECKPOINTING, NeuronNoise, norm_parameters, recomputes
 from ..removal.stages import Taps, find_stages
-from .results import BACKDOORED, INCONCLUSIVE, Evidence, Job, Passes, Skipped, judge
+from .results import BACKDOORED, CLEAN, INCONCLUSIVE, Evidence, Job, Passes, Skipped, judge
+from .shares import class_shares, confusion, entropy, evened, mad_score
 
 # Clean up to, backdoored from: of the fast path's statistic, and of the published procedure's share.
 THRESHOLD, SHARE_THRESHOLD = (0.35, 0.45), (0.5, 0.6)
 MASK_WEIGHT = 0.25
 LEAST_CLASSES = 4
+# Held-out images below which shares say nothing.
+LEAST_HELD = 40
 # Elements of one image's map above which the fast path keeps pooled features instead.
 LARGEST_MAP = 2**17
 
@@ -112,37 +119,54 @@ class Site:
 
 
 def find_site(job: Job, x: Tensor, largest: int = LARGEST_MAP) -> Site:
-    """The last map before pooling, if all behind it is [ReLU,] pooling and the last Linear; else that Linear's input.
+    """The last map before pooling, if all behind it is [ReLU,] pooling and the last Linear; else the head's input.
 
-    A guess at the tail counts if it reproduces the model's log-probabilities on `x`, or, for the Linear alone, its classes.
+    The head is the last Linear or 1x1 convolution, behind which may be [ReLU and] pooling, or the caller's own module (`job.layer`).
+    A guess at the tail counts if it reproduces the model's log-probabilities on `x`, or, for the head alone, its classes.
 
     Raises:
         Skipped: neither does.
     """
-    tap = FeatureTap(job.model)
     try:
-        head_input = tap.resolve(x)[0]
-        stages = [job.layer] if job.layer else find_stages(job.model, x)[:-1]
-    except ValueError as error:
-        raise Skipped(f"no head that can be run alone: {error}") from None
+        return _site(job, x, largest, FeatureTap(job.model))
+    except (ValueError, Skipped) as error:
+        if job.layer is None or job.layer.endswith(":input"):
+            raise Skipped(str(error)) from None
+        return _site(job, x, largest, FeatureTap(job.model, f"{job.layer}:input"))
+
+
+def _site(job: Job, x: Tensor, largest: int, tap: FeatureTap) -> Site:
+    head_input = tap.resolve(x)[0]
+    stages = [job.layer] if job.layer else find_stages(job.model, x)[:-1]
     head = tap.module(head_input)
     with torch.no_grad(), Taps(job.model, [*stages[-1:], head_input]) as taps:
         wanted = job.logits(job.model(x), len(x))
         *maps, pooled = taps.maps()
 
-    def through(prepare: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda z: job.logits(head(prepare(z)), len(z))
+    def through(prepare: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+        # Under the model's own autocast a map may have another type than the head.
+        last = after or (lambda out: out)
+        return lambda z: job.logits(last(head(prepare(z.to(job.dtype)))), len(z))
+
+    def alike(got: Tensor) -> bool:
+        return torch.allclose(got.log_softmax(1), wanted.log_softmax(1), rtol=1e-3, atol=1e-3)
 
     for z in (z for z in maps if z[0].numel() <= largest):
         for pool in POOLS.values() if z.dim() > 2 else [nn.Identity()]:
             for prepare in (pool, lambda z, pool=pool: pool(z.relu())):
                 tail = through(prepare)
-                if _reproduces(tail, z, lambda got: torch.allclose(got.log_softmax(1), wanted.log_softmax(1), rtol=1e-3, atol=1e-3)):
+                if _reproduces(tail, z, alike):
                     return Site(stages[-1], tail, True)
+    if isinstance(head, nn.modules.conv._ConvNd):
+        for pool in POOLS.values():
+            for after in (pool, lambda out, pool=pool: pool(out.relu())):
+                tail = through(nn.Identity(), after)
+                if _reproduces(tail, pooled, alike):
+                    return Site(head_input, tail, True)
     tail = through(nn.Identity())
     if _reproduces(tail, pooled, lambda got: torch.equal(got.argmax(1), wanted.argmax(1))):
         return Site(head_input, tail, False)
-    raise Skipped(f"what follows {head_input!r} is more than one layer, so the head can't be run alone; name a layer closer to the logits")
+    raise Skipped(f"what follows {head_input!r} is more than it and pooling; give as layer the module that turns features into logits")
 
 
 @torch.no_grad()
@@ -185,30 +209,6 @@ def fit_mask(
     return mask.detach()
 
 
-def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """(classes, classes) float64 on the CPU: the share of each true class (row) that goes to each class; NaN rows for absent classes."""
-    counts = torch.bincount(labels * classes + predictions, minlength=classes * classes).view(classes, classes).double().cpu()
-    return counts / counts.sum(1, keepdim=True)
-
-
-def class_shares(rates: Tensor) -> Tensor:
-    """(classes,): the share of the other classes' images that each class attracts, every class weighing alike."""
-    others = rates.clone().fill_diagonal_(float("nan"))
-    return others.nanmean(0).nan_to_num(0.0)
-
-
-def mad_score(values: Tensor, least: float) -> float:
-    """How many (scaled) median absolute deviations the largest value lies above the median; `least` bounds the deviation from below."""
-    median = values.median()
-    return float((values.max() - median) / max(1.4826 * float((values - median).abs().median()), least))
-
-
-def entropy(rates: Tensor) -> float:
-    """Entropy of the predicted classes, every true class weighing alike, in [0, 1]: 1 where all classes are predicted alike often."""
-    p = rates.nanmean(0)
-    return float(-(p * p.clamp_min(1e-12).log()).sum() / math.log(len(p)))
-
-
 @dataclass
 class Run:
     """(classes, classes) rates under one noise, without and with the mask, and the size that the noise came to."""
@@ -224,11 +224,15 @@ class Inspector:
     def __init__(self, job: Job) -> None:
         if not norm_parameters(job.model):
             raise Skipped("the model has no norm layer with affine terms, to which BAN adds its noise")
+        if recomputes(job.model, job.to_device(job.images[:2])):
+            raise Skipped(f"the model {CHECKPOINTING}")
         self.job, self.passes = job, Passes()
-        half = len(job.images) // 2
-        count, held = min(half, FAST.images), min(len(job.images) - half, FAST.held)
-        self.images, self.labels = job.to_device(job.images[:count]), job.labels[:count].to(job.device)
-        self.held, self.held_labels = job.to_device(job.images[-held:]), job.labels[-held:].to(job.device)
+        rows = torch.arange(len(job.labels)) if job.faithful else evened(job.labels)
+        half = len(rows) // 2
+        first, last = rows[: min(half, FAST.images)], rows[-min(len(rows) - half, FAST.held) :]
+        self.images, self.labels = job.to_device(job.images[first]), job.labels[first].to(job.device)
+        self.held, self.held_labels = job.to_device(job.images[last]), job.labels[last].to(job.device)
+        self.left_out = len(job.images) - len(rows)
         self.site = find_site(job, self.images[:32].clone())
 
     def logits(self, noise: NeuronNoise, x: Tensor) -> Tensor:
@@ -244,7 +248,7 @@ class Inspector:
         """Features at the site and logits under the noise, in batches of like size: a small last one would have statistics of its own."""
         maps, logits = [], []
         with Taps(self.job.model, [self.site.layer]) as taps:
-            for part in images.tensor_split(math.ceil(len(images) / EVALUATE_BATCH)):
+            for part in evenly(images, EVALUATE_BATCH):
                 logits.append(self.logits(noise, part))
                 maps.append(taps.maps()[0])
         return torch.cat(maps), torch.cat(logits)
@@ -354,30 +358,39 @@ def run(job: Job) -> Evidence:
     shares = masked.amin(0)
     plain = torch.stack([class_shares(run.plain) for run in runs]).mean(0)
     rates = torch.stack([run.masked for run in runs]).mean(0)
-    share, top = float(shares.max()), int(shares.argmax())
-    statistic, threshold, lead, drawn, rival = share, SHARE_THRESHOLD, math.nan, math.nan, math.nan
+    suspect = int(shares.argmax())
+    statistic, threshold, lead, drawn, rival = float(shares.max()), SHARE_THRESHOLD, math.nan, math.nan, math.nan
     if not job.faithful:
         # With the top class, the classes that attract most without a mask: the hardest rivals where there are many.
-        rivals = [k for k in plain.argsort(descending=True).tolist() if k != top][: FAST.rivals - 1]
-        aimed = inspector.aimed([top, *rivals], job.seed)
-        drawn, rival = float(aimed[0]), float(aimed[1:].max())
+        candidates = [suspect, *(k for k in plain.argsort(descending=True).tolist() if k != suspect)][: FAST.rivals]
+        aimed = inspector.aimed(candidates, job.seed)
+        # Only the class that aimed noise reaches first has a lead.
+        ahead = int(aimed.argmax())
+        drawn, rival = float(aimed[ahead]), float(aimed.sort().values[-2])
         lead = max(1 - rival / max(drawn, 1e-6), 0.0)
-        statistic, threshold = math.sqrt(share * lead), THRESHOLD
+        if lead:
+            suspect = candidates[ahead]
+        statistic, threshold = math.sqrt(float(shares[suspect]) * lead), THRESHOLD
+    share = float(shares[suspect])
     verdict, confidence = judge(statistic, *threshold)
     notes = _reservations(job, inspector)
     accuracy = float(torch.stack([run.plain.diagonal().nanmean() for run in runs]).mean())
     if accuracy > job.accuracy - 0.1:
         notes.append(f"inconclusive: noise took the accuracy from {job.accuracy:.1%} to {accuracy:.1%} only, so it activated nothing")
+    if verdict == CLEAN and math.sqrt(drawn * lead) >= threshold[1]:
+        one = f"aimed noise sends {drawn:.0%} of other classes' images to class {suspect}, and {rival:.0%} at most to any other"
+        notes.append(f"inconclusive: {one}, but the mask leaves no such share")
     if any(note.startswith(INCONCLUSIVE) for note in notes):
         verdict, confidence = INCONCLUSIVE, 0.0
     resolution = 1 / len(inspector.held)
     statistics = {
         "share": share,
+        "suspect": float(suspect),
         "lead": lead,
         "aimed_share": drawn,
         "aimed_rival_share": rival,
-        "mean_share": float(masked.mean(0)[top]),
-        "runner_up_share": float(shares.sort().values[-2]),
+        "mean_share": float(masked.mean(0)[suspect]),
+        "runner_up_share": float(shares[torch.arange(len(shares)) != suspect].max()),
         "share_without_mask": float(plain.max()),
         "class_without_mask": float(plain.argmax()),
         "mad_score": mad_score(shares, resolution),
@@ -389,7 +402,7 @@ def run(job: Job) -> Evidence:
     return Evidence(
         method="ban",
         verdict=verdict,
-        target=top if verdict == BACKDOORED else None,
+        target=suspect if verdict == BACKDOORED else None,
         confidence=confidence,
         statistic=statistic,
         threshold=threshold,
@@ -406,10 +419,19 @@ def _reservations(job: Job, inspector: Inspector) -> list[str]:
     """Notes; those that begin with "inconclusive" forbid a verdict."""
     pooled = "" if inspector.site.prepool else ", pooled features: the map before is too large or more than pooling follows it"
     notes = [f"mask on {inspector.site.layer!r}{pooled}"]
-    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in job.model.modules()):
-        notes.append("inconclusive: no BatchNorm, for which the thresholds hold; the numbers are for reading")
-    if job.classes < LEAST_CLASSES:
-        notes.append(f"inconclusive: with {job.classes} classes any error favours one; takes {LEAST_CLASSES} or more")
-    if len(inspector.held) < 20 * job.classes:
+    terms = {id(p): p.numel() for p in norm_parameters(job.model).values()}
+    batch_norms = [m for m in job.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if 2 * sum(terms.get(id(p), 0) for m in batch_norms for p in m.parameters(recurse=False)) < sum(terms.values()):
+        notes.append("inconclusive: most noise is not on BatchNorm, for which the thresholds hold; the numbers are for reading")
+    if inspector.left_out:
+        notes.append(f"left out {inspector.left_out} of {len(job.images)} images, so that no class outweighs the others")
+    present = len(inspector.held_labels.unique())
+    if present < LEAST_CLASSES:
+        notes.append(f"inconclusive: with {present} classes any error favours one; takes images of {LEAST_CLASSES} or more")
+    elif 2 * present < job.classes:
+        notes.append(f"inconclusive: images of only {present} of {job.classes} classes, takes half of them or more")
+    if len(inspector.held) < LEAST_HELD:
+        notes.append(f"inconclusive: only {len(inspector.held)} held-out images, takes {LEAST_HELD} or more (twice as many in all)")
+    elif len(inspector.held) < 20 * job.classes:
         notes.append(f"{len(inspector.held)} held-out images for {job.classes} classes: shares are rough")
     return notes

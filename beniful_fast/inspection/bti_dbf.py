@@ -141,8 +141,10 @@ def bti_dbf(
     """
     start, place = time.perf_counter(), home(model, device)
     for name, value in (("mask_epochs", mask_epochs), ("generator_epochs", generator_epochs), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: got {value!r}, takes a positive whole number")
+        # A batch of one has no statistics.
+        least = 2 if name == "batch_size" else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}: got {value!r}, takes a whole number, at least {least}")
     data = checked(images, labels, seed)
     with reproducible(seed, place):
         net = Frozen(model, data.images[:2], place, precision, labels)

@@ -17,7 +17,7 @@ from .. import files
 from ..removal.data import CleanData
 from ..removal.training import reproducible
 from .frozen import Frozen, checked, home, pixel_range
-from .results import BACKDOORED, INCONCLUSIVE, Evidence, Job, Skipped
+from .results import BACKDOORED, INCONCLUSIVE, MOST_CLASSES, Evidence, Job, Skipped
 
 KIND, VERSION = "Inversion", 1
 THRESHOLD = 2.0  # of the anomaly index, as published
@@ -310,6 +310,8 @@ def run(job: Job) -> Evidence:
     """
     if job.classes < LEAST_NORMS:
         raise Skipped(f"the model has {job.classes} classes, of fewer than {LEAST_NORMS} none can stand out")
+    if job.classes > MOST_CLASSES:
+        raise Skipped(f"the model has {job.classes} classes, more than {MOST_CLASSES}; call neural_cleanse(classes=...) for some of them")
     if job.images.dim() != 4:
         raise Skipped(f"a mask needs images (N, C, H, W), got {tuple(job.images.shape)}")
     found = neural_cleanse(job.model, job.images, job.labels, seed=job.seed, device=job.device, progress=job.progress)

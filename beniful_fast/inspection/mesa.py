@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .results import BACKDOORED, INCONCLUSIVE, Evidence, Job, Skipped
+from .results import BACKDOORED, INCONCLUSIVE, MOST_CLASSES, Evidence, Job, Skipped
 from .staircase import fit_staircase
 from .trigger_distribution import Rule
 
@@ -10,7 +10,6 @@ BETA, STEPS, BATCH, HIDDEN = 0.9, 300, 16, 256
 SIDE = 3 / 32  # of the square, as a share of the image's shorter side; 3 pixels at least
 LARGEST = 0.05  # share of an image that a square may cover: a large one hides what the image shows, and any model follows it
 THRESHOLD = 0.6  # share of other classes' images, as published
-MOST_CLASSES = 100  # with more the search takes hours
 
 
 def run(job: Job) -> Evidence:

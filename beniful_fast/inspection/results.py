@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..logits import find_logits, two_logits
 
 BACKDOORED, CLEAN, INCONCLUSIVE = "backdoored", "clean", "inconclusive"
+MOST_CLASSES = 100  # with more, a search for a trigger of each class takes hours
 
 
 class Skipped(Exception):
@@ -133,8 +134,9 @@ class Evidence:
 class InspectionReport:
     """Whether a model is backdoored, and why.
 
-    Each method that ran votes with its confidence. The verdict is the side, "backdoored" or "clean", with more of it, and "inconclusive"
-    where neither has more. The target is that of the most confident method on the side "backdoored".
+    Each method that ran votes with its confidence. The verdict is "backdoored" where that side has more of it than "clean", "clean" where
+    no method accuses, else "inconclusive": methods look for different things, so that one which finds nothing does not refute one which
+    does. The target is that of the most confident method on the side "backdoored".
 
     Attributes:
         verdict: "backdoored", "clean" or "inconclusive".
@@ -156,10 +158,11 @@ class InspectionReport:
         """The vote of the methods that ran."""
         votes = {side: sum(e.confidence for e in evidence if e.verdict == side) for side in (BACKDOORED, CLEAN)}
         lead = votes[BACKDOORED] - votes[CLEAN]
-        verdict = BACKDOORED if lead > 0 else CLEAN if lead < 0 else INCONCLUSIVE
-        accusers = [e for e in evidence if e.verdict == BACKDOORED] if verdict == BACKDOORED else []
-        target = max(accusers, key=lambda e: e.confidence).target if accusers else None
-        return cls(verdict, target, abs(lead) / max(sum(e.verdict != INCONCLUSIVE for e in evidence), 1), evidence, skipped)
+        accusers = [e for e in evidence if e.verdict == BACKDOORED]
+        verdict = INCONCLUSIVE if lead == 0 or (lead < 0 and accusers) else BACKDOORED if lead > 0 else CLEAN
+        target = max(accusers, key=lambda e: e.confidence).target if verdict == BACKDOORED else None
+        confidence = 0.0 if verdict == INCONCLUSIVE else abs(lead) / sum(e.verdict != INCONCLUSIVE for e in evidence)
+        return cls(verdict, target, confidence, evidence, skipped)
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers, texts, lists and dicts only, as `to_json` writes them."""

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -144,7 +143,7 @@ def _working_copy(model: nn.Module, device: torch.device) -> nn.Module:
 
 def _like(student: nn.Module, model: nn.Module, home: torch.device) -> nn.Module:
     """The student in the caller's dtypes, on his device, with his modes and his choice of trainable parameters."""
-    result = copy.deepcopy(model)
+    result = copied(model)
     # Into a fresh copy, which has all that is no weight just as the caller left it.
     result.load_state_dict(student.state_dict())
     return result.to(home)
@@ -157,7 +156,7 @@ def _figures(evaluate: Evaluate | None, model: nn.Module) -> dict[str, float]:
     device = next(model.parameters()).device
     # What it draws must not change the weights either.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        figures = evaluate(copy.deepcopy(model).eval())
+        figures = evaluate(copied(model).eval())
     if not isinstance(figures, Mapping):
         raise TypeError(f"evaluate: returned {type(figures).__name__}, takes a function that gives a mapping of names to numbers")
     return {str(name): float(value) for name, value in figures.items()}

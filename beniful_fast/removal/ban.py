@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from ..neuron_noise import NeuronNoise
+from ..batches import evenly
+from ..features import copied
+from ..neuron_noise import CHECKPOINTING, NeuronNoise, recomputes
 from .training import PREDICT_BATCH, Job, Recipe, check_at_least_0, train
 
 
@@ -44,8 +46,10 @@ def run(job: Job, options: Options) -> None:
     """Trains the student on CE(f(x)) + noise_weight CE(f(x; d*)), d* anew for each batch; BatchNorm's statistics follow f(x) alone.
 
     Raises:
-        ValueError: the model has no norm layer with affine terms.
+        ValueError: the model has no norm layer with affine terms, or recomputes activations in its backward pass.
     """
+    if recomputes(copied(job.student).train(), job.to_device(job.data.images[:8])):
+        raise ValueError(f"model: {CHECKPOINTING}")
     noise = NeuronNoise(job.student, eps=options.eps, projection=options.projection)
     generator = torch.Generator().manual_seed(job.seed)
 
@@ -61,5 +65,5 @@ def run(job: Job, options: Options) -> None:
 
     train(job, options, loss)
     if options.clean_statistics:
-        parts = job.data.images.tensor_split(-(-len(job.data.images) // PREDICT_BATCH))
+        parts = evenly(job.data.images, PREDICT_BATCH)
         update_bn((job.to_device(part) for part in parts), job.student)

@@ -44,6 +44,8 @@ def _pairs(data: Any, name: str) -> Iterable[Any]:
         if len(data[0]) != len(data[1]):
             raise ValueError(f"{name}: got {len(data[0])} images and {len(data[1])} labels, takes one label an image")
         return list(zip(data[0].split(READ_BATCH), data[1].split(READ_BATCH), strict=True)) if len(data[0]) else []
+    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], np.ndarray):
+        raise TypeError(f"{name}: got images as a NumPy array, takes a tensor; pass torch.from_numpy(images)")
     if isinstance(data, Tensor):
         raise ValueError(f"{name}: got images without labels, takes labelled data: (images, labels), a Dataset or DataLoader of such items")
     if isinstance(data, Dataset) and not isinstance(data, DataLoader):
@@ -70,7 +72,8 @@ def _labels_of(batch: Any, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name}: got labels of type {type(found).__name__}, takes class numbers") from None
     if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        cure = "pass squeeze(1)" if labels.dim() == 2 and labels.shape[1] == 1 else "of one-hot labels pass argmax(1)"
+        cures = {0: "put single samples into a DataLoader", 1: "pass long()", 2: "of one-hot labels pass argmax(1)"}
+        cure = "pass squeeze(1)" if labels.dim() == 2 and labels.shape[1] == 1 else cures.get(labels.dim(), "one number an image")
         raise ValueError(f"{name}: got {labels.dtype} labels of shape {tuple(labels.shape)}, takes class numbers; {cure}")
     return labels.detach().long().cpu()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import evenly
 from ..features import FeatureTap
 from ..logits import find_logits, predicted
 from ..ops.schemas import NORM_CODES
@@ -96,8 +97,11 @@ def find_sites(model: nn.Module, x: Tensor, layer: Sequence[str] | None = None) 
     readers = list(tap.resolve(x))
     for name in readers:
         module = tap.module(name)
-        # A parametrized weight is computed anew in each pass, so a cut would not last.
-        if not isinstance(module, READERS) or getattr(module, "groups", 1) != 1 or not isinstance(module.weight, nn.Parameter):
+        if isinstance(module, READERS) and not isinstance(module.weight, nn.Parameter):
+            # Computed anew in each pass, so a cut would not last.
+            cure = "make it plain first (parametrize.remove_parametrizations, prune.remove, remove_weight_norm), or name another layer"
+            raise ValueError(f"layer: the weight of {name.removesuffix(':input')!r} is computed from others; {cure}")
+        if not isinstance(module, READERS) or getattr(module, "groups", 1) != 1:
             raise ValueError(f"layer: got {name!r}, takes Linear or ungrouped convolution layers, whose input channels are pruned")
     if layer is None:
         linear = [f"{name}:input" for name in last_layers(model, x, 1.0) if isinstance(tap.module(name), nn.Linear)]
@@ -174,8 +178,9 @@ class _Pruning:
             self.inputs = [None, None]
 
     def _batches(self, stamped: bool) -> Iterator[Tensor]:
-        for part in self.images.split(PREDICT_BATCH):
-            shown = self.trigger.stamp(part) if stamped else part
+        for part in evenly(self.images, PREDICT_BATCH):
+            # A copy: a user's stamp may write in place.
+            shown = self.trigger.stamp(part.clone()) if stamped else part
             if shown.shape != part.shape:
                 raise ValueError(f"trigger: stamp gave {tuple(shown.shape)} for images {tuple(part.shape)}, takes the same shape")
             yield self.job.to_device(shown)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..augment import crop_and_flip
+from ..batches import evenly
 from ..features import no_gradient
 from ..logits import find_logits, predicted
 from .data import CleanData
@@ -155,7 +156,7 @@ class Job:
     def outputs(self, model: nn.Module, images: Tensor) -> Tensor:
         """Logits (N, K) in eval mode, in the order of `images`."""
         with evaluating(model):
-            return torch.cat([self.logits(model, self.to_device(part)) for part in images.split(PREDICT_BATCH)])
+            return torch.cat([self.logits(model, self.to_device(part)) for part in evenly(images, PREDICT_BATCH)])
 
     def accuracy(self, model: nn.Module, images: Tensor | None = None) -> float:
         """On the held-out clean images, or changed ones in their place, in [0, 1]."""

@@ -153,11 +153,11 @@ def _lock(net: nn.Module) -> None:
     net.lock = threading.Lock()
 
 
-def _activation(net: nn.Module) -> None:
-    net.last = net(images(2))
+def _activations(net: nn.Module) -> None:
+    net.seen = [net(images(2))]
 
 
-@pytest.mark.parametrize("spoil", [_lock, _activation])
+@pytest.mark.parametrize("spoil", [_lock, _activations])
 def test_what_cannot_be_copied_is_refused(spoil: Callable[[nn.Module], None]) -> None:
     net = seeded(SmallNet)
     clean = inspected.labelled(net, net.fc)
@@ -165,6 +165,14 @@ def test_what_cannot_be_copied_is_refused(spoil: Callable[[nn.Module], None]) ->
     for act in (remove, inspect):
         with pytest.raises(TypeError, match="model: SmallNet cannot be copied"):
             act(net, clean)
+
+
+def test_an_activation_that_a_network_keeps_is_copied_without_its_graph() -> None:
+    net = seeded(SmallNet)
+    clean = inspected.labelled(net, net.fc)
+    net.last = net(images(2))  # type: ignore[assignment]
+    assert remove(net, clean, method="finetune", epochs=1).model.last.is_leaf  # type: ignore[union-attr]
+    assert not net.last.is_leaf
 
 
 def test_weight_norm_starts_anew_and_is_refused_where_a_cut_would_not_last() -> None:
