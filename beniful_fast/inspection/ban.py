@@ -423,7 +423,7 @@ def _reservations(job: Job, inspector: Inspector) -> list[str]:
     batch_norms = [m for m in job.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if 2 * sum(terms.get(id(p), 0) for m in batch_norms for p in m.parameters(recurse=False)) < sum(terms.values()):
         notes.append("inconclusive: most noise is not on BatchNorm, for which the thresholds hold; the numbers are for reading")
-    if inspector.left_out:
+    if inspector.left_out > 0.1 * len(job.images):  # less is the chance of a random set
         notes.append(f"left out {inspector.left_out} of {len(job.images)} images, so that no class outweighs the others")
     present = len(inspector.held_labels.unique())
     if present < LEAST_CLASSES:
