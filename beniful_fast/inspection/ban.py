@@ -127,12 +127,14 @@ def find_site(job: Job, x: Tensor, largest: int = LARGEST_MAP) -> Site:
     Raises:
         Skipped: neither does.
     """
-    try:
-        return _site(job, x, largest, FeatureTap(job.model))
-    except (ValueError, Skipped) as error:
-        if job.layer is None or job.layer.endswith(":input"):
-            raise Skipped(str(error)) from None
-        return _site(job, x, largest, FeatureTap(job.model, f"{job.layer}:input"))
+    heads = [None, f"{job.layer}:input"] if job.layer and not job.layer.endswith(":input") else [None]
+    reason = ""
+    for name in heads:
+        try:
+            return _site(job, x, largest, FeatureTap(job.model, name))
+        except (ValueError, Skipped) as error:
+            reason = str(error)
+    raise Skipped(reason)
 
 
 def _site(job: Job, x: Tensor, largest: int, tap: FeatureTap) -> Site:
