@@ -11,17 +11,19 @@ triggered images that reach the target; beside it stands the same variant on the
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import beniful_fast as bf
 from beniful_fast.evaluation import zoo
 from beniful_fast.evaluation.cells import Cell, Cells
-from beniful_fast.evaluation.metrics import predictions
 from beniful_fast.evaluation.splits import Splits, load_splits
 from beniful_fast.report import auroc
 
@@ -59,33 +61,46 @@ class Weighted(bf.Screener):
         self.weight *= self.factor
 
 
-def judge(splits: Splits, name: str, twin: str, options: Mapping[str, Any], seed: int) -> dict[str, float]:
-    """One variant on one attacked network, and on the clean one."""
-    net, clean_net = zoo.load(name), zoo.load(twin)
-    attack = net.attack
-    assert attack is not None
-    images, labels = splits.test.tensors
-    victims = attack.applies(labels).nonzero().flatten()[-JUDGED:]
-    clean, triggered = images[:JUDGED], attack.stamp(images[victims])
-    reached = predictions(net.model, triggered) == attack.goal(labels[victims])
+class Judge:
+    """One variant after another on attacked networks; the clean network's Screener is fitted once a variant."""
 
-    def scores(model: torch.nn.Module) -> tuple[Any, Any]:
-        screener = Weighted(model, fpr=FPR, seed=seed, **options).fit(splits.defender.tensors[0][:CLEAN])
-        # What is flagged follows from the p-value, which two-sided and class-conditional calibration change and the score does not.
-        p = [screener.p_value(x).double() for x in (clean, triggered)]
-        if options.get("two_sided") or options.get("class_conditional"):
-            return [-value for value in p], p
-        return [screener.score(x) for x in (clean, triggered)], p
+    def __init__(self, splits: Splits) -> None:
+        self.splits = splits
+        self.twin = functools.lru_cache(maxsize=1)(self._twin)
 
-    own, p = scores(net.model)
-    other, _ = scores(clean_net.model)
-    return {
-        "auroc": auroc(own[0], own[1][reached]),
-        "auroc_all_triggered": auroc(*own),
-        "auroc_clean_net": auroc(*other),
-        "tpr": float((p[1][reached] <= FPR).float().mean()),
-        "fpr": float((p[0] <= FPR).float().mean()),
-    }
+    def fitted(self, model: torch.nn.Module, options: Mapping[str, Any], seed: int) -> bf.Screener:
+        return Weighted(model, fpr=FPR, seed=seed, **options).fit(self.splits.defender.tensors[0][:CLEAN])
+
+    def _twin(self, name: str, options: str, seed: int) -> tuple[bf.Screener, Tensor]:
+        screener = self.fitted(zoo.load(name).model, json.loads(options), seed)
+        return screener, suspicion(screener, self.splits.test.tensors[0][:JUDGED])[0]
+
+    def __call__(self, name: str, twin: str, options: Mapping[str, Any], seed: int) -> dict[str, float]:
+        net = zoo.load(name)
+        attack = net.attack
+        assert attack is not None
+        images, labels = self.splits.test.tensors
+        victims = attack.applies(labels).nonzero().flatten()[-JUDGED:]
+        clean, triggered = images[:JUDGED], attack.stamp(images[victims])
+        screener = self.fitted(net.model, options, seed)
+        (low, clean_p, _), (high, triggered_p, predictions) = (suspicion(screener, x) for x in (clean, triggered))
+        other, other_low = self.twin(twin, json.dumps(options), seed)
+        reached = predictions == attack.goal(labels[victims])
+        return {
+            "auroc": auroc(low, high[reached]),
+            "auroc_all_triggered": auroc(low, high),
+            "auroc_clean_net": auroc(other_low, suspicion(other, triggered)[0]),
+            "tpr": float((triggered_p[reached] <= FPR).float().mean()),
+            "fpr": float((clean_p <= FPR).float().mean()),
+        }
+
+
+def suspicion(screener: bf.Screener, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What ranks the images (high = suspicious), their p-values and predicted classes, from one pass."""
+    result = screener.screen(images)
+    # What is flagged follows from the p-value, which two-sided and class-conditional calibration change and the score does not.
+    by_p = screener.two_sided or screener.class_conditional
+    return (-result.p_values if by_p else result.scores), result.p_values, result.predictions
 
 
 def table(done: Mapping[tuple[str, str], Mapping[str, float]], names: list[str]) -> str:
@@ -116,14 +131,14 @@ def main() -> None:
     splits, cells = load_splits(options.dataset), Cells(FOLDER)
     if len(splits.test) < 2 * JUDGED:
         parser.error(f"{options.dataset} has {len(splits.test)} test images, too few for {JUDGED} clean and {JUDGED} other, triggered ones")
-    done = {}
+    done, judge = {}, Judge(splits)
     for variant, settings in variants(options.arch).items():
         if options.only not in variant:
             continue
         for name, seed in chosen.items():
             twin = f"{options.dataset}-{options.arch}-clean-s{seed}"
             key = {"net": name, "variant": variant, "options": settings, "clean_images": CLEAN, "judged": JUDGED, "fpr": FPR}
-            cell = Cell("ablation", key, lambda n=name, o=settings, t=twin, s=seed: judge(splits, n, t, o, s))  # type: ignore[misc]
+            cell = Cell("ablation", key, lambda n=name, o=settings, t=twin, s=seed: judge(n, t, o, s))  # type: ignore[misc]
             done[variant, name] = cells.run(cell)["result"]
             print(f"{variant}, {name}: AUROC {done[variant, name]['auroc']:.4f}", flush=True)
     short = {name: name.removeprefix(f"{options.dataset}-{options.arch}-").replace("-p10-", " ") for name in chosen}

@@ -64,6 +64,7 @@ class Evaluation:
         judged: clean and triggered test images on which detectors are judged, at most.
         epochs: of training; None takes the zoo's number.
         removal_options: options of every removal alike, such as {"lr": 0.02}.
+        traced: test images that judge each epoch of a removal; 0 for none.
         folder: of finished cells and trained networks.
         device: for networks.
         splits: the data, if it is at hand; else it is read when first needed.
@@ -85,6 +86,7 @@ class Evaluation:
         judged: int = 2000,
         epochs: int | None = None,
         removal_options: Mapping[str, Any] | None = None,
+        traced: int = TRACED,
         folder: str = "evaluation",
         device: torch.device | str = "cpu",
         splits: Splits | None = None,
@@ -97,7 +99,7 @@ class Evaluation:
         self.nets = [NetSpec(dataset, arch, attack, seed, rate) for seed in seeds for attack in attacks]
         self.clean_images, self.judged, self.device = clean_images, judged, device
         self.recipe = recipe_for(dataset, epochs)
-        self.removal_options = dict(removal_options or {})
+        self.removal_options, self.traced = dict(removal_options or {}), traced
         if any("+" in attack for attack in attacks):
             raise ValueError(f"attacks: got {', '.join(attacks)}, takes one backdoor a network")
         if splits is not None:
@@ -288,7 +290,7 @@ class Evaluation:
             method=REMOVALS[name],
             suspicious=suspicious,
             evaluate=judge,
-            curve=functools.partial(judge, limit=TRACED),
+            curve=functools.partial(judge, limit=self.traced) if self.traced else None,
             device=self.device,
             seed=spec.seed,
             **options,
