@@ -25,7 +25,8 @@ def inspect(
     std: o.StdOption = None,
     channels: o.ChannelsOption = None,
     methods: Annotated[
-        list[str] | None, typer.Option("--methods", metavar="A,B", help="Some of ban, neural_cleanse, mesa. Default: all that fit.")
+        list[str] | None,
+        typer.Option("--methods", metavar="A,B", help="Some of ban, neural_cleanse, mesa, bti_dbf. Default: the first three."),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=20, help="Use this many images, drawn by the seed.")] = 2500,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The report as .json.")] = None,

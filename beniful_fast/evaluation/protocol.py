@@ -43,9 +43,10 @@ TRACED = 1000  # test images that judge each epoch of a removal
 # A score of STRIP costs a forward pass an overlay: with the 100 of its authors it would take most of the whole evaluation.
 DETECTOR_OPTIONS: dict[str, dict[str, Any]] = {"strip": {"overlays": 10}}
 REMOVALS = {f"remove:{method}": method for method in METHODS} | {"remove:beniful+screened": "beniful"}
-# (methods, faithful) of `inspect`; None is all that fit.
-INSPECTIONS: dict[str, tuple[str | None, bool]] = {"inspect": (None, False)} | {f"inspect:{name}": (name, False) for name in VERDICTS}
-INSPECTIONS["inspect:ban+faithful"] = ("ban", True)
+# Options of `inspect`.
+INSPECTIONS: dict[str, dict[str, Any]] = {"inspect": {}} | {f"inspect:{name}": {"methods": name} for name in VERDICTS}
+INSPECTIONS["inspect:ban+faithful"] = {"methods": "ban", "faithful": True}
+INSPECTIONS |= {f"{name}+bf16": {**options, "precision": "bf16"} for name, options in INSPECTIONS.items()}
 
 
 class Evaluation:
@@ -242,10 +243,9 @@ class Evaluation:
 
     def inspect(self, spec: NetSpec, name: str) -> dict[str, Any]:
         """A verdict on one network, clean or attacked, from the defender's images."""
-        methods, faithful = INSPECTIONS[name]
         net, clean = self.net(spec), TensorDataset(*self._defender())
         start = time.perf_counter()
-        report = inspect(net.model, clean, methods=methods, device=self.device, seed=spec.seed, faithful=faithful)
+        report = inspect(net.model, clean, device=self.device, seed=spec.seed, **INSPECTIONS[name])
         seconds = time.perf_counter() - start
         accused = report.verdict == BACKDOORED
         return {

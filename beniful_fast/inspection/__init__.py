@@ -16,8 +16,9 @@ from ..batches import evenly
 from ..features import FeatureTap, copied, no_gradient, unwrap
 from ..logits import find_logits, predicted
 from ..removal.data import LEAST, read_labelled
-from ..removal.training import PREDICT_BATCH, reproducible
-from . import ban, inversion, mesa
+from ..removal.training import PRECISIONS, PREDICT_BATCH, reproducible
+from . import ban, bti_dbf, inversion, mesa
+from .frozen import fast_format
 from .results import BACKDOORED, CLEAN, INCONCLUSIVE, Evidence, InspectionReport, Job, Skipped
 from .staircase import Staircase, fit_staircase
 from .trigger_distribution import Rule, TriggerDistribution
@@ -37,7 +38,13 @@ __all__ = [
     "inspect",
 ]
 
-METHODS: dict[str, Callable[[Job], Evidence]] = {"ban": ban.run, "neural_cleanse": inversion.run, "mesa": mesa.run}
+METHODS: dict[str, Callable[[Job], Evidence]] = {
+    "ban": ban.run,
+    "neural_cleanse": inversion.run,
+    "mesa": mesa.run,
+    "bti_dbf": bti_dbf.run,
+}
+USUAL = ("ban", "neural_cleanse", "mesa")  # the other one is slow and has been judged on few networks
 
 
 def inspect(
@@ -49,6 +56,7 @@ def inspect(
     device: torch.device | str | None = None,
     seed: int = 0,
     faithful: bool = False,
+    precision: str | None = None,
     progress: Callable[[dict[str, Any]], Any] | None = None,
 ) -> InspectionReport:
     """Says whether a classifier is backdoored, towards which class, how sure that is and why, from clean labelled images alone.
@@ -58,11 +66,12 @@ def inspect(
             a copy, in float32 where it is in half precision; the model is left bit-identical.
         clean: labelled clean images: (images, labels), a Dataset or a DataLoader of (image, label, ...) or dicts with "image" and
             "label". Some hundred, all classes alike often, best such that the model was not trained on.
-        methods: names in `METHODS`, or None for all that fit.
+        methods: names in `METHODS`, or None for all of `USUAL` that fit.
         layer: where "ban" masks features, a module's name; None finds the last map before global pooling.
         device: to work on; None is the model's own.
         seed: of all that is drawn; the same seed gives the same report on the same machine.
         faithful: the methods as published instead of fast; many times slower.
+        precision: None, or "bf16" for autocast: twice as fast where the hardware multiplies it.
         progress: called with a dict after each step of a method that is worth telling.
 
     Returns:
@@ -72,10 +81,12 @@ def inspect(
         ValueError: an unknown method or layer, no labels, a single class, too few images, or labels that the model's classes don't have.
         TypeError: no nn.Module, no images, or a model without logits.
     """
-    names = list(METHODS) if methods is None else [methods] if isinstance(methods, str) else list(dict.fromkeys(methods))
+    names = list(USUAL) if methods is None else [methods] if isinstance(methods, str) else list(dict.fromkeys(methods))
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         raise ValueError(f"methods: got {unknown[0] if unknown else names!r}, takes some of {', '.join(map(repr, METHODS))}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, takes one of {', '.join(map(repr, PRECISIONS))}")
     plain = unwrap(model)
     if layer is not None:
         FeatureTap(plain, layer)
@@ -89,7 +100,8 @@ def inspect(
     place = home if device is None else torch.device(device)
     evidence, skipped = [], {}
     with reproducible(seed, place):
-        job = _prepare(plain, images, labels, place, seed, faithful, layer, progress)
+        job = _prepare(plain, images, labels, place, seed, layer)
+        job.faithful, job.precision, job.progress = faithful, precision, progress
         for name in names:
             try:
                 evidence.append(METHODS[name](job))
@@ -104,9 +116,7 @@ def _prepare(
     labels: torch.Tensor,
     device: torch.device,
     seed: int,
-    faithful: bool,
     layer: str | None,
-    progress: Callable[[dict[str, Any]], Any] | None,
 ) -> Job:
     twin = copied(model).to(device).eval().requires_grad_(False)
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters()):
@@ -114,9 +124,10 @@ def _prepare(
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     # A sorted loader would give batches, and a held-out half, of a few classes only.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    job = Job(twin, images[order], labels[order], 0, 0.0, device, dtype, seed, faithful, layer, progress)
+    job = Job(twin, images[order], labels[order], 0, 0.0, device, dtype, seed, layer=layer)
+    job.format = fast_format(twin, job.to_device(job.images[:2]))
     with torch.no_grad():
-        outputs = [find_logits(twin(job.to_device(part)), len(part)) for part in evenly(job.images[:1000], PREDICT_BATCH)]
+        outputs = [job.forward(twin, job.to_device(part)) for part in evenly(job.images[:1000], PREDICT_BATCH)]
         _check_gradient(twin, job)
     logits = torch.cat(outputs)
     if not bool(logits.isfinite().all()):

@@ -239,7 +239,7 @@ class Inspector:
 
     def logits(self, noise: NeuronNoise, x: Tensor) -> Tensor:
         self.passes.forward += len(x)
-        return self.job.logits(noise(x), len(x))
+        return self.job.forward(noise, x)
 
     def ascend(self, noise: NeuronNoise, logits: Tensor, labels: Tensor, step: float) -> None:
         self.passes.backward += len(labels)
@@ -252,7 +252,7 @@ class Inspector:
         with Taps(self.job.model, [self.site.layer]) as taps:
             for part in evenly(images, EVALUATE_BATCH):
                 logits.append(self.logits(noise, part))
-                maps.append(taps.maps()[0])
+                maps.append(taps.maps()[0].to(self.job.dtype))
         return torch.cat(maps), torch.cat(logits)
 
     def rates(self, noise: NeuronNoise, mask: Tensor, size: float) -> Run:

@@ -17,11 +17,13 @@ from ..removal.stages import find_stages
 from ..removal.training import reproducible
 from .frozen import Frozen, checked, home, pixel_range
 from .gradcam import located, replaced
+from .results import BACKDOORED, INCONCLUSIVE, Evidence, Job, Skipped
 
 MASK_RATE, GENERATOR_RATE, PATTERN_RATE = 0.01, 1e-3, 0.05
 PENALTY = 100.0  # of a bound that is exceeded
 UNIT = 0.1  # of the clean features' mean square: smaller changes of features count little
 READ = 256
+ACCUSES = 0.8  # share of other classes' images from which it counts as evidence
 
 
 class Generator(nn.Module):
@@ -267,3 +269,40 @@ class _Run:
                 self.backward_images += len(rows)
             self.progress({"phase": "generator", "epoch": epoch + 1, "loss": loss.item()})
         return generator.eval()
+
+
+def run(job: Job) -> Evidence:
+    """BTI-DBF as a method of `inspect`. It accuses, but never acquits: a generator that finds no way to one class proves nothing.
+
+    Raises:
+        Skipped: no images (N, C, H, W), or no layer with maps.
+    """
+    if job.images.dim() != 4:
+        raise Skipped(f"a generator needs images (N, C, H, W), got {tuple(job.images.shape)}")
+    if job.layer is None and not find_stages(job.model, job.to_device(job.images[:2]))[:-1]:
+        raise Skipped("no module of the model gives maps with height and width; give as layer the one whose features to take")
+    found = bti_dbf(
+        job.model,
+        job.images,
+        job.labels,
+        layer=job.layer,
+        precision=job.precision,
+        seed=job.seed,
+        device=job.device,
+        progress=lambda row: job.report(method="bti_dbf", **row),
+    )
+    accused = found.share >= ACCUSES
+    return Evidence(
+        "bti_dbf",
+        BACKDOORED if accused else INCONCLUSIVE,
+        found.target if accused else None,
+        (found.share - ACCUSES) / (1 - ACCUSES) if accused else 0.0,
+        found.share,
+        (0.0, ACCUSES),
+        {"share": found.share, "class": float(found.target), "distance": found.distance},
+        [],
+        found.seconds,
+        found.forward_images,
+        found.backward_images,
+        found.notes,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..features import copied, no_gradient, unwrap
 from ..logits import find_logits, two_logits
 from ..removal.data import CleanData, split
-from ..removal.training import PRECISIONS
+from ..removal.training import PRECISIONS, autocast
 
 HELD_OUT, MOST_HELD_OUT = 0.2, 256
 
@@ -36,18 +36,11 @@ class Frozen:
         twin = copied(unwrap(model)).to(device).eval().requires_grad_(False)
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters())
         self.model = twin.float() if half else twin
-        self.device, self.cast = device, PRECISIONS[precision]
+        self.device, self.precision = device, precision
         self.dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
-        self.forward_images = 0
-        self.format = torch.channels_last
-        try:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            logits = self._probe(images)
-        except RuntimeError:
-            # A `view` in the model may want its maps contiguous, and weights of five dimensions have no channels last.
-            self.format = torch.contiguous_format
-            self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            logits = self._probe(images)
+        self.format = fast_format(self.model, images.to(device, self.dtype))
+        self.forward_images = len(images)
+        logits = self._probe(images)
         if not logits.requires_grad:
             raise no_gradient("images")
         if bool(logits.isnan().any()):
@@ -66,8 +59,7 @@ class Frozen:
         return images.to(self.device, self.dtype).clone(memory_format=self.format)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        # Without the cache of converted weights: only leaving the outermost autocast clears it, and that one may be the caller's.
-        return nullcontext() if self.cast is None else torch.autocast(self.device.type, self.cast, cache_enabled=False)
+        return autocast(self.device, self.precision)
 
     def __call__(self, images: Tensor, rows: int | None = None) -> Tensor:
         """(N, K) logits, float32 or wider, see `two_logits`.
@@ -80,6 +72,20 @@ class Frozen:
             out = find_logits(self.model(images.clone(memory_format=self.format)), rows or len(images))
         out = out if out.dtype == torch.float64 else out.float()
         return two_logits(out)
+
+
+def fast_format(model: nn.Module, images: Tensor) -> torch.memory_format:
+    """The memory format in which the model, whose weights are brought to it, is fastest and takes these images (N, ...)."""
+    if images.dim() == 4:
+        try:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            with torch.no_grad():
+                model(images.clone(memory_format=torch.channels_last))
+            return torch.channels_last
+        except RuntimeError:
+            # A `view` in the model may want its maps contiguous, and weights of five dimensions have no channels last.
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return torch.contiguous_format
 
 
 def home(model: nn.Module, device: torch.device | str | None) -> torch.device:

@@ -314,7 +314,9 @@ def run(job: Job) -> Evidence:
         raise Skipped(f"the model has {job.classes} classes, more than {MOST_CLASSES}; call neural_cleanse(classes=...) for some of them")
     if job.images.dim() != 4:
         raise Skipped(f"a mask needs images (N, C, H, W), got {tuple(job.images.shape)}")
-    found = neural_cleanse(job.model, job.images, job.labels, seed=job.seed, device=job.device, progress=job.progress)
+    found = neural_cleanse(
+        job.model, job.images, job.labels, precision=job.precision, seed=job.seed, device=job.device, progress=job.progress
+    )
     index = float(found.anomaly.nan_to_num(nan=0.0).max())
     accused = found.target is not None and index >= ACCUSES
     best = next((t for t in found.triggers if t.target == found.target), min(found.triggers, key=lambda t: (t.asr < COUNTS, t.norm)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..logits import find_logits, two_logits
+from ..removal.training import autocast
 
 BACKDOORED, CLEAN, INCONCLUSIVE = "backdoored", "clean", "inconclusive"
 MOST_CLASSES = 100  # with more, a search for a trigger of each class takes hours
@@ -40,6 +41,8 @@ class Job:
         accuracy: of the model on these images, in [0, 1].
         dtype: of the model's weights.
         faithful: the published procedure instead of the fast one.
+        precision: None, or "bf16" for autocast.
+        format: memory format of image batches (N, C, H, W) that the model takes.
     """
 
     model: nn.Module
@@ -53,6 +56,8 @@ class Job:
     faithful: bool = False
     layer: str | None = None
     progress: Callable[[dict[str, Any]], Any] | None = None
+    precision: str | None = None
+    format: torch.memory_format = torch.contiguous_format
 
     def to_device(self, x: Tensor) -> Tensor:
         # Always a copy: a model may normalise its input in place.
@@ -61,6 +66,14 @@ class Job:
     def logits(self, output: Any, n: int) -> Tensor:
         """(n, classes) logits of what the model returned for n images, see `two_logits`."""
         return two_logits(find_logits(output, n))
+
+    def forward(self, model: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+        """Logits of images (n, ...) in the job's precision, float32 or wider."""
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=self.format)
+        with autocast(self.device, self.precision):
+            out = self.logits(model(x), len(x))
+        return out if out.dtype == torch.float64 else out.float()
 
     def report(self, **row: Any) -> None:
         if self.progress is not None:

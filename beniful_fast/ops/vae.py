@@ -71,7 +71,7 @@ library.impl("vae_distance", _chunked, "CPU")
 @functools.cache
 def _fits(index: int, dim: int, hidden: int, latent: int, element_size: int) -> bool:
     """Whether the fused CUDA kernel takes these sizes on this device: its activations must fit into shared memory."""
-    shared = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    shared = torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined, unused-ignore]  # not in all stubs
     return bool(importlib.import_module("beniful_fast._C_cuda").vae_fits(dim, hidden, latent, element_size, shared))
 
 

@@ -23,6 +23,14 @@ from .data import CleanData
 PRECISIONS = {None: None, "bf16": torch.bfloat16}
 PREDICT_BATCH = 256
 
+
+def autocast(device: torch.device, precision: str | None) -> AbstractContextManager[Any]:
+    """Autocast to one of `PRECISIONS`; nothing for None."""
+    dtype = PRECISIONS[precision]
+    # Without the cache of converted weights: only leaving the outermost autocast clears it, and that one may be the caller's.
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+
+
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(images, labels) of one batch to the loss to descend, and terms to log."""
 
@@ -134,11 +142,6 @@ class Job:
     def to_device(self, x: Tensor) -> Tensor:
         # Always a copy: a model may normalise its input in place.
         return x.to(self.device, self.dtype, copy=True) if x.is_floating_point() else x.to(self.device, copy=True)
-
-    def autocast(self, recipe: Recipe) -> AbstractContextManager[Any]:
-        dtype = PRECISIONS[recipe.precision]
-        # Without the cache of converted weights: only leaving the outermost autocast clears it, and that one may be the caller's.
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype, cache_enabled=False)
 
     def logits(self, model: nn.Module, x: Tensor) -> Tensor:
         """(N, K) logits, float32 under autocast too."""
@@ -262,7 +265,7 @@ def train(
             if recipe.augment and x.dim() == 4:
                 padding, flips = job.bearable(recipe)
                 x = crop_and_flip(x, padding, flips=flips, generator=generator)
-            with job.autocast(recipe):
+            with autocast(job.device, recipe.precision):
                 value, terms = compute(x, y)
             if not value.requires_grad:
                 raise no_gradient("parameters")

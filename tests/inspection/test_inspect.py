@@ -99,6 +99,34 @@ def test_other_precisions_leave_the_model_as_it_is(dtype: torch.dtype) -> None:
     assert bed.equal(before, bed.state(net)) and bed.hooks(net) == 0 and next(net.parameters()).dtype == dtype
 
 
+def test_autocast_keeps_the_numbers_and_the_model() -> None:
+    net = seeded(SmallNet)
+    clean = bed.labelled(net, net.fc)
+    before, dtypes = bed.state(net), set()
+
+    def note(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        dtypes.add(output.dtype)
+
+    handle = net.conv1.register_forward_hook(note)
+    full, half = (inspect(net, clean, methods="ban", precision=p).evidence[0] for p in (None, "bf16"))
+    handle.remove()
+    assert dtypes == {torch.float32, torch.bfloat16} and bed.equal(before, bed.state(net))
+    assert half.forward_images == full.forward_images
+    assert half.statistics["share_without_mask"] == pytest.approx(full.statistics["share_without_mask"], abs=0.1)
+    with pytest.raises(ValueError, match="precision: got 'half', takes one of None, 'bf16'"):
+        inspect(net, clean, precision="half")
+
+
+def test_bti_dbf_runs_when_asked_for() -> None:
+    net = seeded(SmallNet)
+    (evidence,) = inspect(net, bed.labelled(net, net.fc), methods="bti_dbf").evidence
+    assert evidence.method == "bti_dbf" and evidence.verdict in ("backdoored", "inconclusive")
+    assert 0 <= evidence.statistic <= 1 and evidence.forward_images > evidence.backward_images > 0
+    flat = seeded(Plain, 3 * 12 * 12, 4)
+    assert "maps with height and width" in inspect(flat, bed.labelled(flat, flat.head), methods="bti_dbf").skipped["bti_dbf"]
+    assert "bti_dbf" not in inspection.USUAL
+
+
 def test_the_callers_model_and_random_state_are_kept_and_the_seed_decides() -> None:
     net = seeded(SmallNet)
     clean = bed.labelled(net, net.fc)
