@@ -6,12 +6,13 @@
 
 Every network is trained on purpose until it remembers its records (no augmentation, no weight decay), and every attack is judged on the
 original records. The VAE sees public images only, other ones than members and non-members, and sets eps by them. "chosen" is the smallest
-ratio at which the loss and the entropy attack are both within 0.50 +- 0.02, means over seeds. Shadow models and LiRA attack the undefended
-network, ratio 0 and the chosen one (the largest, if there is none), with shadows of the whole defended pipeline. The noise comes from a
-seed here, to be reproducible.
+ratio above 0 from which on the loss and the entropy attack are both within 0.50 +- 0.02, means over seeds. Shadow models and LiRA attack
+the undefended network, ratio 0 and the chosen one (the largest, if there is none), with shadows of the whole defended pipeline. The noise
+comes from a seed here, to be reproducible.
 
 What takes long is kept in build/privacy by what it depends on: autoencoders, and the logits of each target and shadow as soon as it is
-trained, so that a killed run goes on where it was. After a change to the code of training or of a defence, delete that folder.
+trained, so that a killed run goes on where it was. After a change to the code of training or of a defence, delete that folder and the
+cells in results/privacy.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Pool:
     public_labels: Tensor
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def pool(name: str, seed: int) -> Pool:
     """Drawn by the seed; CIFAR-10's non-members are its test images."""
     setting = SETTINGS[name]
@@ -162,11 +163,11 @@ def _rebuilt(vae: ConvVAE, images: Tensor) -> Tensor:
         return torch.cat([vae(x) for x in images.split(256)])
 
 
-def mechanism(name: str, ratio: float, seed: int, pool_seed: int) -> MetricPrivacy:
-    """eps by the public images."""
+@functools.cache
+def eps_of(name: str, ratio: float, pool_seed: int) -> float:
+    """By the public images."""
     records = pool(name, pool_seed)
-    public = (vae_of(name, pool_seed)[0], (records.public, records.public_labels))
-    return MetricPrivacy.for_ratio(ratio, public, public=True, seed=seed)
+    return MetricPrivacy.for_ratio(ratio, (vae_of(name, pool_seed)[0], (records.public, records.public_labels)), public=True).eps
 
 
 def make(name: str, seed: int) -> ConvNet:
@@ -188,7 +189,7 @@ def pipeline(name: str, defence: str, level: float | None, pool_seed: int) -> Ca
             options = {"epochs": setting.dp_epochs, "lr": setting.dp_lr, "batch": setting.dp_batch}
             return train_dp_sgd(net, (images, labels), eps=level, delta=setting.dp_delta, seed=seed, **options).model
         if defence == "vae" and level:
-            images = mechanism(name, level, seed, pool_seed).release(vae_of(name, pool_seed)[0], (images, labels)).images
+            images = MetricPrivacy(eps_of(name, level, pool_seed), seed=seed).release(vae_of(name, pool_seed)[0], (images, labels)).images
         elif defence == "vae":
             images = _rebuilt(vae_of(name, pool_seed)[0], images)
         train(net, images, labels, recipe=recipe, seed=seed)
@@ -223,7 +224,7 @@ def target(name: str, defence: str, level: float | None, seed: int) -> tuple[Ten
     found = {"test_accuracy": float(right[~inside].mean()), "member_accuracy": float(right[inside].mean())}
     if defence == "vae":
         found["r2"] = vae_of(name, seed)[1]
-        found["eps"] = mechanism(name, level, seed, seed).eps if level else None
+        found["eps"] = eps_of(name, level, seed) if level else None
     file.parent.mkdir(parents=True, exist_ok=True)
     files.write(file, "Target", 1, {"logits": logits}, {"key": key, "figures": found})
     return logits, found
@@ -274,12 +275,15 @@ def finished(cells: Cells, kind: str, name: str, defence: str, level: float | No
 
 
 def chosen(cells: Cells, name: str) -> float | None:
-    """The smallest ratio at which both attacks guess, or None."""
-    for ratio in RATIOS:
+    """The smallest ratio with noise from which on both attacks guess, or None."""
+    best = None
+    for ratio in sorted(RATIOS, reverse=True):
         found = finished(cells, "curve", name, "vae", ratio)
-        if found and all(abs(_mean(found, key, "accuracy") - 0.5) <= NEAR_GUESSING for key in ("loss", "entropy")):
-            return ratio
-    return None
+        if found and (not ratio or any(abs(_mean(found, key, "accuracy") - 0.5) > NEAR_GUESSING for key in ("loss", "entropy"))):
+            break
+        if found:
+            best = ratio
+    return best
 
 
 def _mean(results: list[dict[str, Any]], *keys: str) -> float:

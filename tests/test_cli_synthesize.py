@@ -140,6 +140,27 @@ def test_an_interrupted_run_is_not_finished_by_another(capsys: pytest.CaptureFix
     monkeypatch.undo()
 
 
+def test_private_images_are_not_public(capsys: pytest.CaptureFixture[str]) -> None:
+    same = ["--data", "private.npz", "--public", "private.npz", "--ratio", "1", "--out", "out.parquet"]
+    assert "the same files as --data" in fails(capsys, "synthesize", *same)
+    assert not Path("out.parquet").exists()
+
+
+def test_going_on_does_not_forget_where_eps_came_from(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("beniful_fast.cli.synthesize._join", _killed)
+        assert run("synthesize", *VAE, "--ratio", "1") != 0
+    (manifest,) = Path("out.parquet.parts").glob("*.json")
+    eps = json.loads(manifest.read_text())["eps"]
+    assert "--restart" in fails(capsys, "synthesize", *VAE, "--eps", str(eps))
+    assert run("synthesize", *VAE, "--ratio", "1") == 0
+    assert "private codes" in capsys.readouterr().out
+
+
+def _killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_finished_file_is_not_released_again_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["synthesize", *VAE, "--eps", "30"]
     assert run(*command) == 0

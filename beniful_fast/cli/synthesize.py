@@ -92,6 +92,8 @@ def synthesize(
         raise ValueError(
             f"--public: {public}: images of shape {others.shape}, those of --data have {records.shape}; pass --size and --channels"
         )
+    if others is not None and others.fingerprint() == records.fingerprint():
+        raise ValueError("--public: got the same files as --data: what is trained on private images is not public")
     if vae is None:
         vae = out.with_suffix(".vae.safetensors")
         net = _trained(vae, records, others, restart, {"latent": latent, "epochs": epochs, "seed": seed}, where)
@@ -105,7 +107,9 @@ def synthesize(
     mechanism.accountant.eps_from_data = ratio is not None and others is None
     if restart and (out.exists() or out.with_name(out.name + ".parts").exists()):
         _say("warning: what is thrown away was a release too; if anybody has seen it, the eps of both add up")
-    made_by = {"eps": eps, "clip": clip, "vae": screener_file.content_hash(vae), "data": records.fingerprint()}
+    # Where eps came from is part of the guarantee, so a run that goes on must have it from the same place.
+    source = {"eps": eps, "eps_from_data": mechanism.accountant.eps_from_data, "clip": clip}
+    made_by = source | {"vae": screener_file.content_hash(vae), "data": records.fingerprint()}
     with Shards(out, made_by, len(records), restart) as shards:
         _release(shards, mechanism, net, records, batch_size, workers, where, checkpoint_seconds)
         guarantee = mechanism.accountant.spend(net.trained_on)

@@ -20,8 +20,8 @@ from .training import Recipe, train
 
 # On 32 x 32 pixels and in a dozen epochs the papers' settings either hardly work or cost too much accuracy (docs/decisions.md).
 SETTINGS: dict[str, dict[str, Any]] = {"wanet": {"s": 0.75, "noise": 1.0}, "bpp": {"levels": 5}}
-# In images twice as large, triggers of as many pixels are half the size: a 3 x 3 patch is not learnt (ASR 11 %), the warp costs 2.4 points.
-LARGER: dict[str, dict[str, Any]] = {"badnets": {"size": 6}, "wanet": {"s": 1.5}}
+# A patch of 3 x 3 in images twice as large is not learnt from a thousand of them (ASR 11 %).
+LARGER: dict[str, dict[str, Any]] = {"badnets": {"size": 6}}
 EPOCHS = {"cifar10": 12, "tiny-imagenet-20": 24, "digits": 20}
 
 

@@ -47,8 +47,9 @@ from ..removal.stages import Taps, find_stages
 from .results import BACKDOORED, CLEAN, INCONCLUSIVE, Evidence, Job, Passes, Skipped, judge
 from .shares import class_shares, confusion, entropy, evened, mad_score
 
-# Clean up to, backdoored from: of the fast path's statistic, and of the published procedure's share.
-THRESHOLD, SHARE_THRESHOLD = (0.35, 0.45), (0.5, 0.6)
+# Clean up to, backdoored from: of the fast path's statistic (eleven clean networks that nothing is judged on reach 0.21 at most, see
+# benchmarks/calibrate_ban.py), and of the published procedure's share.
+THRESHOLD, SHARE_THRESHOLD = (0.25, 0.35), (0.5, 0.6)
 MASK_WEIGHT = 0.25
 LEAST_CLASSES = 4
 # Held-out images below which shares say nothing.

@@ -39,7 +39,7 @@ def run(job: Job) -> Evidence:
         batch_size=BATCH,
         hidden=HIDDEN,
         fast=not job.faithful,
-        precision=None if job.faithful else "bf16",
+        precision=job.precision,
         seed=job.seed,
         device=job.device,
         progress=lambda row: job.report(method="mesa", **row),

@@ -112,8 +112,8 @@ def fit_staircase(
         batch_size: clean images in a step, stamped once for every generator.
         hidden: units of generators and statistics networks.
         noise: standard deviation of what is added to a trigger's numbers, which lie in [0, 1], on its way to the model.
-        fast: leave samples that exceed beta already, which have no gradient, out of the backward pass, and stop a generator whose
-            objective no longer rises. False takes every step whole, as the authors do.
+        fast: leave samples that exceed beta already, which have no gradient, out of the backward pass, and stop generators whose
+            target's objectives no longer rise. False takes every step whole, as the authors do.
         precision: None, or "bf16" for autocast of the model.
         seed: the same gives the same distribution on the same machine.
         device: None is the model's own.
@@ -292,7 +292,10 @@ class _Fit:
         return self.net(stamped).softmax(1).gather(1, goals[:, None])[:, 0].float()
 
     def _judge(self, objective: Tensor) -> None:
-        """Retires generators whose smoothed objective has come to rest, with their weights of this step."""
+        """Retires a target's generators once the smoothed objective of each has come to rest, with their weights of this step.
+
+        Together: one that has had fewer steps than another keeps more or less of its entropy for that reason alone.
+        """
         which = self.active.cpu()
         self.taken[which] += 1
         # NaN where the step asked none of a generator's samples: those say nothing.
@@ -303,7 +306,8 @@ class _Fit:
         rose = told & (self.smooth[which] > self.best[which] + GAIN)
         self.best[which] = torch.where(rose, self.smooth[which], self.best[which])
         self.rose[which] = torch.where(rose, self.taken[which], self.rose[which] + ~told)
-        done = (self.taken[which] - self.rose[which] >= PLATEAU) & self.fast
+        restless = self.taken[which] - self.rose[which] < PLATEAU
+        done = ~torch.isin(which // len(self.betas), which[restless] // len(self.betas)) & self.fast
         for i in which[done].tolist():
             # Adam's momentum would carry it on.
             self.finished[i] = {name: p[:, i].clone() if p.dim() == 4 else p[i].clone() for name, p in self._weights()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from .. import files
 KIND, VERSION = "TriggerDistribution", 1
 CODE, CHUNKS = 64, 4  # numbers behind a trigger; each linear layer takes its own chunk of them
 POPULATION = 4096  # codes whose activations give the generators' final normalisation
-NEIGHBOUR, ENTROPY_SAMPLES = 3, 2048
+NEIGHBOUR, ENTROPY_SAMPLES, LEAST_SAMPLES, ENTROPY_NUMBERS = 3, 2048, 256, 2**26
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class Generators(nn.Module):
 
         h: Tensor | None = None
         for i, chunk in enumerate(codes.chunk(CHUNKS, 2)):
+            if i == CHUNKS - 1 and stats is not None:
+                break  # a whole image for each of many codes, which nobody reads
             h = torch.baddbmm(of(self.biases[i]), chunk if h is None else torch.cat([h, chunk], 2), of(self.weights[i]))
             if i == CHUNKS - 1:
                 break
@@ -179,17 +182,25 @@ class TriggerDistribution:
         self.image_shape, self.shape = tuple(int(side) for side in image_shape), rule.shape(image_shape)
         self.low, self.high = low.detach().float().cpu(), high.detach().float().cpu()
         self.asr = self.confidence = (math.nan,) * len(self.betas)
-        generator = torch.Generator().manual_seed(0)
-        triggers = self._draw(ENTROPY_SAMPLES, generator)
-        self.entropies = tuple(entropy(part.flatten(1), CODE) for part in triggers)
-        steps = torch.tensor(self.betas).double().diff(prepend=torch.zeros(1))
-        self.weights = tuple((steps.log() + torch.tensor(self.entropies).double()).softmax(0).tolist())
 
-    def _draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """(G, n, C, h, w) triggers in [0, 1]."""
-        codes = torch.rand(len(self.betas), n, CODE, generator=generator, dtype=torch.float32)
-        with torch.no_grad():
-            return self.generators(codes).unflatten(2, self.shape)
+    @functools.cached_property
+    def entropies(self) -> tuple[float, ...]:
+        generator = torch.Generator().manual_seed(0)
+        # Fewer of large triggers: their distances are taken in double precision.
+        n = min(ENTROPY_SAMPLES, max(LEAST_SAMPLES, ENTROPY_NUMBERS // self.generators.out))
+        which = torch.arange(len(self.betas))
+        return tuple(entropy(self._draw(n, generator, i)[0].flatten(1), CODE) for i in which.split(1))
+
+    @functools.cached_property
+    def weights(self) -> tuple[float, ...]:
+        steps = torch.tensor(self.betas).double().diff(prepend=torch.zeros(1))
+        return tuple((steps.log() + torch.tensor(self.entropies).double()).softmax(0).tolist())
+
+    def _draw(self, n: int, generator: torch.Generator, which: Tensor | None = None) -> Tensor:
+        """(G, n, C, h, w) triggers in [0, 1] of the generators `which` (G,), all by default; the same under a caller's autocast."""
+        codes = torch.rand(len(self.betas) if which is None else len(which), n, CODE, generator=generator, dtype=torch.float32)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return self.generators(codes, which).unflatten(2, self.shape)
 
     def sample(self, n: int, *, seed: int | None = None, mixture: str = "staircase", generator: torch.Generator | None = None) -> Tensor:
         """(n, C, h, w) float32 triggers in [0, 1].

@@ -20,7 +20,7 @@ from ..quiet import quiet
 
 # Below this many non-members, a false-positive rate of 0.1 % is less than one record.
 ENOUGH_FOR_PER_MILLE = 1000
-BOOTSTRAP, LEVEL = 1000, 0.95
+BOOTSTRAP, LEVEL, NORMAL = 1000, 0.95, 1.959964  # the last: the normal distribution's quantile for that level
 LEAST = 10  # of each, and of each in a class that gets its own threshold
 READ_BATCH = 512
 
@@ -111,10 +111,10 @@ def modified_entropy(outputs: Outputs, labels: Tensor, member: Tensor, *, class_
 def logits_of(model: nn.Module, images: Any) -> Tensor:
     """(N, C) float32 logits on the CPU, in eval mode; images as `Screener.fit` takes them. A single logit becomes two."""
     weight = next(model.parameters(), None)
-    device = torch.device("cpu") if weight is None else weight.device
+    device, dtype = (torch.device("cpu"), None) if weight is None else (weight.device, weight.dtype)
     with quiet(model):
         parts = [
-            two_logits(find_logits(model(x.to(device)), len(x))).float().cpu()
+            two_logits(find_logits(model(x.to(device, dtype)), len(x))).float().cpu()
             for x, _ in batches(images, "images", READ_BATCH, keyed=False)
         ]
     if not parts:
@@ -204,6 +204,12 @@ def judge(
     drawn = [curve.figures(curve.resampled(True, rng), curve.resampled(False, rng)) for _ in range(BOOTSTRAP)]
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     intervals = {name: Interval(*(float(v) for v in np.quantile([d[name] for d in drawn], tails))) for name in figures}
+    for rate in curve.rates:
+        # Resampling a rate of 0 or 1 gives nothing else, so there the interval is Wilson's.
+        name, n = f"tpr@{rate:g}", int(m.sum())
+        if figures[name] in (0.0, 1.0):
+            far = NORMAL**2 / (n + NORMAL**2)
+            intervals[name] = Interval(0.0, far) if figures[name] == 0 else Interval(1 - far, 1.0)
     rates = {rate: figures[f"tpr@{rate:g}"] for rate in curve.rates}
     return MembershipResult(
         attack, figures["accuracy"], figures["auc"], rates, intervals, int(m.sum()), int((~m).sum()), torch.from_numpy(ranked.copy())

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options(Recipe):
-    """Options of `remove(method="mesa")`, besides those of `Recipe`; rate, epochs and probability are the authors'.
+    """Options of `remove(method="mesa")`, besides those of `Recipe`.
+
+    Peak rate, epochs and probability are the authors'; they keep the rate constant.
 
     Attributes:
         trigger: what to retrain with: a `TriggerDistribution`, or anything with `stamp(images)`, such as an `Attack` or one reversed

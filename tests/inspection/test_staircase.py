@@ -99,6 +99,11 @@ def test_a_few_generators_at_a_time_learn_alike(monkeypatch: pytest.MonkeyPatch)
     assert rates[0] > 0.7 and rates[1] < 0.3
 
 
+def test_a_targets_generators_stop_together() -> None:
+    found = fit(targets=[0, 1], betas=(0.5, 0.9), steps=400, alpha=0.0, hidden=16)
+    assert int(found.steps[0, 0]) == int(found.steps[0, 1]) and int(found.steps[1, 0]) == int(found.steps[1, 1]) < 400
+
+
 def test_a_generator_at_rest_keeps_its_weights_while_others_go_on() -> None:
     found = fit(targets=[0, 1], betas=(0.5,), steps=140, alpha=0.0, hidden=16)
     assert int(found.steps[1]) < 140  # nothing leads to class 1

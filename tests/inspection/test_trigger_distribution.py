@@ -134,6 +134,13 @@ def _after_components(made: TriggerDistribution, n: int) -> torch.Generator:
     return generator
 
 
+def test_a_callers_autocast_changes_no_trigger() -> None:
+    made = distribution()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = made.sample(20, seed=1)
+    assert cast.dtype == torch.float32 and torch.equal(cast, made.sample(20, seed=1))
+
+
 def test_a_rotation_gives_as_many_of_each_one_at_a_time() -> None:
     """Retraining draws a trigger or two a batch; from a fixed start it would get the first threshold alone."""
     found, generator = distribution(), torch.Generator().manual_seed(0)

@@ -24,7 +24,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What the script keeps lies elsewhere, or a test would judge an earlier run's networks."""
     monkeypatch.setattr(privacy, "BUILT", tmp_path / "build")
     yield tmp_path / "build"
-    for cached in (privacy.pool, privacy.vae_of):
+    for cached in (privacy.pool, privacy.vae_of, privacy.eps_of):
         cached.cache_clear()
 
 
@@ -64,6 +64,21 @@ def test_the_table_and_the_chosen_point(cells: Cells, tmp_path: Path) -> None:
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_no_noise_is_never_chosen_nor_a_lucky_ratio(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> None:
+    def like(accuracies: dict[float, float]) -> None:
+        def found(cells: Cells, kind: str, name: str, defence: str, level: float | None) -> list[dict[str, Any]]:
+            return [{key: attack(accuracies[level]) for key in ("loss", "entropy")}] if level in accuracies else []
+
+        monkeypatch.setattr(privacy, "finished", found)
+
+    like({0.0: 0.5, 0.1: 0.51, 0.25: 0.49, 2.0: 0.5})
+    assert privacy.chosen(cells, "digits") == 0.1
+    like({0.0: 0.5, 0.1: 0.5, 0.25: 0.56, 0.5: 0.51, 1.0: 0.5, 2.0: 0.5})
+    assert privacy.chosen(cells, "digits") == 0.5
+    like({0.0: 0.5, 0.1: 0.5, 2.0: 0.53})
+    assert privacy.chosen(cells, "digits") is None
+
+
 def test_another_dp_recipe_leaves_the_other_cells_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = [privacy.cell("curve", "digits", *point, 0).name for point in (("vae", 1.0), ("dp_sgd", 8.0))]
     monkeypatch.setitem(privacy.SETTINGS, "digits", replace(privacy.SETTINGS["digits"], dp_lr=9.0))
@@ -83,7 +98,7 @@ def test_the_undefended_network_gives_its_members_away() -> None:
 def small(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> None:
     tiny = {"members": 100, "public": 200, "epochs": 1, "width": 8, "latent": 2, "vae_epochs": 1} | changed
     monkeypatch.setitem(privacy.SETTINGS, "digits", replace(privacy.SETTINGS["digits"], **tiny))
-    for cached in (privacy.pool, privacy.vae_of):
+    for cached in (privacy.pool, privacy.vae_of, privacy.eps_of):
         cached.cache_clear()
 
 

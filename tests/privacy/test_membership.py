@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
@@ -40,6 +41,26 @@ def test_members_like_others_cannot_be_told_apart(attack, options) -> None:
     assert found.tpr_at[0.01] < 0.03 and found.tpr_at[0.001] < 0.01
     low, high = found.intervals["accuracy"]
     assert low < 0.515 and high > 0.485 and 0.01 < high - low < 0.05
+
+
+def test_no_hit_is_no_proof_that_there_are_none() -> None:
+    """The bootstrap of a rate of 0 is 0: the interval is Wilson's instead."""
+    found = loss_threshold(*(torch.zeros(400, 2), torch.zeros(400, dtype=torch.int64), torch.arange(400) < 200))
+    assert found.tpr_at[0.01] == 0 and found.intervals["tpr@0.01"].low == 0
+    assert found.intervals["tpr@0.01"].high == pytest.approx(proportion_high(0, 200), abs=1e-6)
+
+
+def proportion_high(hits: int, n: int) -> float:
+    return binomtest(hits, n).proportion_ci(method="wilson").high
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_models_of_other_precisions_take_float32_images(dtype: torch.dtype) -> None:
+    net, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.rand(10, 3, 2, 2)
+    wanted = logits_of(net, images)
+    found = logits_of(net.to(dtype), images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-2)
 
 
 def test_the_threshold_is_not_chosen_on_the_judged_half() -> None:
