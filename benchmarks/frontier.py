@@ -30,6 +30,7 @@ SWEPT = ("beniful", "ban", "finetune", "nad")  # pruning alone has no learning r
 RATES = (0.02, 0.05, 0.1, 0.2)
 SIZES = (500, 1000, 2500, 5000)
 CLEAN = 2500
+LEAST_ATTACKS = 3  # of a point in a comparison; stray cells would cut it down to theirs
 COLOURS = ("#d1495b", "#3b6ea8", "#c28f2c", "#4f8a5b", "#7a5195", "#8a8a8a")
 
 
@@ -78,29 +79,67 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def alike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that can be compared: points (method, rate, size) with several attacks, on the attacks that all of them have."""
+    points: dict[tuple[str, float, int], set[str]] = {}
+    for row in rows:
+        points.setdefault((row["method"], row["lr"], row["clean"]), set()).add(row["attack"])
+    points = {point: attacks for point, attacks in points.items() if len(attacks) >= LEAST_ATTACKS}
+    common = set.intersection(*points.values()) if points else set()
+    return [row for row in rows if (row["method"], row["lr"], row["clean"]) in points and row["attack"] in common]
+
+
+def views(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by what they show: every method at its own rate, learning rates, and clean-data sizes."""
+    usual = [row for row in rows if row["clean"] == CLEAN]
+    own = [row for row in rows if row["lr"] == own_rate(row["method"])]
+    several = {row["method"] for row in own if row["clean"] != CLEAN}
+    swept = {row["method"] for row in usual if row["lr"] != own_rate(row["method"])}
+    rates = alike([row for row in usual if row["method"] in swept])
+    attacks = {row["attack"] for row in rates}
+    # A single point of each other method, if it has those attacks.
+    for method in {row["method"] for row in own} - swept:
+        mine = [row for row in own if row["method"] == method and row["clean"] == CLEAN and row["attack"] in attacks]
+        rates += mine if len(mine) == len(attacks) else []
+    return {
+        "Own learning rates": [row for row in own if row["clean"] == CLEAN],
+        "Learning rates": rates,
+        "Clean-data sizes": alike([row for row in own if row["method"] in several]),
+    }
+
+
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Mean accuracy lost against mean ASR left, a curve over learning rates for each method; and over clean-data sizes."""
     figure = need("matplotlib.figure", "report").Figure(figsize=(11, 4.4), layout="constrained")
     need("matplotlib.backends.backend_agg", "report").FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    for colour, method in zip(COLOURS, dict.fromkeys(row["method"] for row in rows), strict=False):
-        mine = [row for row in rows if row["method"] == method]
-        own = own_rate(method)
-        points = []
-        for lr in sorted({row["lr"] for row in mine if row["clean"] == CLEAN}):
-            some = [row for row in mine if row["lr"] == lr and row["clean"] == CLEAN]
-            points.append((lr, *(100 * statistics.fmean(v) for v in zip(*((_loss(r), r["after"]["ASR"]) for r in some), strict=True))))
+    shown = views(rows)
+    colours = dict(zip(dict.fromkeys(row["method"] for row in rows), COLOURS, strict=False))
+    for method, colour in colours.items():
+        points = [(lr, *_point(some)) for lr, some in _by("lr", shown["Learning rates"] or shown["Own learning rates"], method)]
+        own = [p for p in points if p[0] == own_rate(method)]
         left.plot([p[1] for p in points], [p[2] for p in points], color=colour, marker="o", markersize=4, label=method)
-        left.plot([p[1] for p in points if p[0] == own], [p[2] for p in points if p[0] == own], color=colour, marker="o", markersize=9)
-        sizes = sorted({row["clean"] for row in mine if row["lr"] == own})
-        means = [100 * statistics.fmean(r["after"]["ASR"] for r in mine if r["clean"] == n and r["lr"] == own) for n in sizes]
-        right.plot(sizes, means, color=colour, marker="o", markersize=4, label=method)
-    left.set(xlabel="accuracy lost, points", ylabel="ASR left, %", title="learning rates (large dot: the method's own)", ylim=(0, 100))
-    right.set(xlabel="clean images", ylabel="ASR left, %", title="clean-data sizes", ylim=(0, 100), xscale="log")
+        left.plot([p[1] for p in own], [p[2] for p in own], color=colour, marker="o", markersize=9)
+        sizes = [(n, _point(some)[1]) for n, some in _by("clean", shown["Clean-data sizes"], method)]
+        right.plot([n for n, _ in sizes], [asr for _, asr in sizes], color=colour, marker="o", markersize=4, label=method)
+    left.set(xlabel="accuracy lost, points", ylabel="ASR left, %", title="learning rates (large dot: the method's own)", ylim=(0, None))
+    right.set(xlabel="clean images", ylabel="ASR left, %", title="clean-data sizes", ylim=(0, None))
+    if shown["Clean-data sizes"]:
+        right.set_xscale("log")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def _by(name: str, rows: list[dict[str, Any]], method: str) -> list[tuple[float, list[dict[str, Any]]]]:
+    mine = [row for row in rows if row["method"] == method]
+    return [(value, [row for row in mine if row[name] == value]) for value in sorted({row[name] for row in mine})]
+
+
+def _point(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Mean accuracy lost and mean ASR left, both times 100."""
+    return 100 * statistics.fmean(map(_loss, rows)), 100 * statistics.fmean(row["after"]["ASR"] for row in rows)
 
 
 def _loss(row: dict[str, Any]) -> float:
@@ -137,8 +176,10 @@ def main() -> None:
             after = done["result"]["after"]
             print(f"{i}/{len(todo)} {method} {attack} lr {lr:g}, {clean}: ACC {after['ACC']:.4f} ASR {after['ASR']:.4f}", flush=True)
     rows = finished(options.folder)
+    for title, shown in views(rows).items():
+        if shown:
+            print(f"\n{title}\n\n{table(shown)}")
     if rows:
-        print(table(rows))
         picture(rows, options.folder / "frontier.png")
 
 
