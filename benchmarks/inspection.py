@@ -76,7 +76,7 @@ def speed(cells: list[dict[str, Any]]) -> str:
         names = " | ".join(name.removeprefix("inspect:") for name in (ours, rival))
         faster = f"{statistics.median(seconds):.1f} ({seconds[0]:.1f} to {seconds[-1]:.1f})"
         lines.append(f"| {names} | {len(pairs)} | {faster} | {images:.1f} | {same} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _passes(result: dict[str, Any]) -> int:
