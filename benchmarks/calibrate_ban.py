@@ -1,7 +1,7 @@
 """BAN's statistic on clean networks that nothing is judged on: what its thresholds rest on. Resumes; one JSON a network.
 
     python -m benchmarks.calibrate_ban              # trains what is missing into build/calibration, some 7 minutes of one core each
-    python -m benchmarks.calibrate_ban --faithful   # the published procedure as well
+    python -m benchmarks.calibrate_ban --faithful   # the published procedure as well, in bfloat16
     python -m benchmarks.calibrate_ban --only digits
     python -m benchmarks.calibrate_ban --table      # of what is finished
 
@@ -49,7 +49,9 @@ def statistic(spec: NetSpec, faithful: bool) -> dict[str, Any]:
     """BAN on one clean network."""
     net = obtain(spec, lambda: _splits(spec.dataset), NETS, recipe=recipe(spec))
     clean = tuple(part[:CLEAN] for part in _splits(spec.dataset).defender.tensors)
-    (evidence,) = bf.inspect(net.model, clean, methods="ban", seed=spec.seed, faithful=faithful).evidence
+    (evidence,) = bf.inspect(
+        net.model, clean, methods="ban", seed=spec.seed, faithful=faithful, precision="bf16" if faithful else None
+    ).evidence
     return {"acc": net.card["acc"], **evidence.as_dict()}
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -35,6 +35,7 @@ from .training import PREDICT_BATCH, Job, Recipe, check_at_least_0, train
 DIRECTIONS = ("align", "repel")
 TARGETS = ("frozen", "vae", "class_mean")
 KINDS = ("relative", "mse", "cosine")
+STEPS = 216  # of 12 epochs on 2,500 images, for which the other defaults were chosen
 
 
 @dataclass
@@ -59,6 +60,9 @@ class Options(Recipe):
         eps: largest change of their pixels, as a share of the pixel range of the clean images.
         adversarial_steps: gradient steps to each.
         suspicious_weight: of -log(1 - p), with p the probability of the backdoored model's class on suspicious inputs that lost it.
+        epochs: None is the even number that comes nearest to 216 steps, whatever the number of clean images: a small set needs as many to
+            recover its accuracy, and more of them bring some of the backdoor back.
+        batch_size: None is 128, or all clean images if they are fewer.
     """
 
     direction: str = "align"
@@ -76,7 +80,7 @@ class Options(Recipe):
     eps: float = 0.1
     adversarial_steps: int = 3
     suspicious_weight: float = 3.0
-    epochs: int = 12
+    epochs: int | None = None  # type: ignore[assignment]  # `run` fills it in
     lr: float = 0.1
 
     def __post_init__(self) -> None:
@@ -97,9 +101,15 @@ class Options(Recipe):
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"adversarial_steps: got {number!r}, takes a positive whole number")
 
+    def batch(self, n: int) -> int:
+        return self.batch_size or min(128, n)
+
 
 def run(job: Job, options: Options) -> None:
     """Repairs the student on clean images and, where there are any, on what suspicious inputs reveal."""
+    n = len(job.data.images)
+    epochs = options.epochs or 2 * max(1, round(STEPS / 2 / math.ceil(n / options.batch(n))))
+    options = replace(options, epochs=epochs)
     few = job.to_device(job.data.images[:2])
     layers = job.layer or find_stages(job.student, few)[-3:]
     job.notes.append(f"feature distance ({options.direction}) at {', '.join(map(repr, layers))}")
@@ -118,8 +128,8 @@ def run(job: Job, options: Options) -> None:
             again = {job.student.get_submodule(name) for name in restarted}
             held = [m for m in job.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in again]
     with Taps(job.frozen, layers) as wanted, Taps(job.student, layers) as taps:
-        loss = _Loss(job, options, wanted, taps)
-        if job.suspicious is not None and loss.recovers_from >= options.epochs:
+        loss = _Loss(job, options, epochs, wanted, taps)
+        if job.suspicious is not None and loss.recovers_from >= epochs:
             job.notes.append("suspicious inputs are not used: they enter the recovery, for which no epoch is left; give more epochs")
         train(job, options, loss, phase="repair", slow=slow, held=held, before_epoch=loss.begin)
 
@@ -157,19 +167,19 @@ def _restart(module: nn.Module, keep: float) -> bool:
 class _Loss:
     """The loss of a batch: cross-entropy, and with it what forgets, what recovers, or what repels; with `suspects`, their part as well."""
 
-    def __init__(self, job: Job, options: Options, wanted: Taps, taps: Taps) -> None:
-        self.job, self.options, self.wanted, self.taps = job, options, wanted, taps
+    def __init__(self, job: Job, options: Options, epochs: int, wanted: Taps, taps: Taps) -> None:
+        self.job, self.options, self.epochs, self.wanted, self.taps = job, options, epochs, wanted, taps
         self.suspects: tuple[Tensor, Tensor] | None = None
         self.forgetting = False
         # Half of the epochs at least: earlier the repaired model's classes are little worth.
-        self.recovers_from = math.ceil(max(options.forget if options.direction == "align" else 0, 0.5) * options.epochs)
+        self.recovers_from = math.ceil(max(options.forget if options.direction == "align" else 0, 0.5) * epochs)
         self.targets = self._make_targets()
         self.generator = torch.Generator().manual_seed(job.seed + 1)
         self.perturb = Perturbation(job.data.images, options.eps, options.adversarial_steps, torch.Generator().manual_seed(job.seed + 2))
 
     def begin(self, epoch: int) -> None:
         """Called before each epoch, from 0."""
-        self.forgetting = self.options.direction == "align" and epoch < self.options.forget * self.options.epochs
+        self.forgetting = self.options.direction == "align" and epoch < self.options.forget * self.epochs
         if epoch == self.recovers_from and self.job.suspicious is not None:
             self.suspects = self._find_suspects(self.job.suspicious)
 

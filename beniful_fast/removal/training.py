@@ -72,7 +72,7 @@ class Recipe:
             raise ValueError(f"precision: got {self.precision!r}, takes one of {', '.join(map(repr, PRECISIONS))}")
         for name in ("epochs", "batch_size"):
             number = getattr(self, name)
-            if name == "batch_size" and number is None:
+            if number is None and type(self).__dataclass_fields__[name].default is None:
                 continue
             least = 2 if name == "batch_size" else 1
             if not isinstance(number, int) or isinstance(number, bool) or number < least:
@@ -244,8 +244,10 @@ def train(
         weight_decay=recipe.weight_decay,
         nesterov=recipe.momentum > 0,
     )
-    # A last batch of one image has no batch statistics, so the rest goes without it.
-    batches = [part for part in torch.arange(len(images)).split(recipe.batch(len(images))) if len(part) > 1]
+    size = recipe.batch(len(images))
+    # A rest too small for batch statistics is left out; the next epoch's order leaves out others.
+    first, *others = torch.arange(len(images)).split(size)
+    batches = [first, *(part for part in others if len(part) > max(1, size // 4))]
     steps, step = recipe.epochs * len(batches), 0
     best, kept = -1.0, None
     for epoch in range(recipe.epochs):

@@ -34,16 +34,26 @@ def test_every_reading_weakens_the_backdoor(options: dict[str, object]) -> None:
 def test_suspicious_inputs_help_and_false_positives_do_not_harm() -> None:
     net, clean, (test, _), triggered = bed()
     flagged = torch.cat([triggered[::10], test[:20]])
-    options = {"epochs": 6, "rest_lr": 0.0}
+    options = {"epochs": 36, "rest_lr": 0.0}
     without, helped = remove(net, clean, **options), remove(net, clean, suspicious=flagged, **options)  # type: ignore[arg-type]
     assert figures(helped.model)["ASR"] < figures(without.model)["ASR"]
     assert figures(helped.model)["ACC"] > figures(net)["ACC"] - 0.05
-    assert ["suspicious" in row for row in helped.history] == [False] * 3 + [True] * 3
+    assert ["suspicious" in row for row in helped.history] == [False] * 18 + [True] * 18
     assert any("lost the backdoored model's class" in note for note in helped.notes)
     for short in ({"epochs": 1}, {"epochs": 2, "forget": 1.0}):
         assert any("no epoch is left" in note for note in remove(net, clean, suspicious=flagged, **short).notes)  # type: ignore[arg-type]
     clean_only = remove(net, clean, suspicious=test[:50], **options)  # type: ignore[arg-type]
     assert figures(clean_only.model)["ACC"] > figures(net)["ACC"] - 0.05
+
+
+@pytest.mark.parametrize(("n", "epochs"), [(20, 216), (1000, 28), (30_000, 2)])
+def test_the_number_of_steps_does_not_follow_the_number_of_clean_images(n: int, epochs: int) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    options = {"layer": "0", "restart": 0.0, "adversarial_steps": 1, "distill": 0.0}
+    x = torch.randn(round(n / 0.9), 2)
+    history = remove(model, (x, (x[:, 0] > 0).long()), **options).history  # type: ignore[arg-type]
+    assert len(history) == epochs
+    assert len(remove(model, (x, (x[:, 0] > 0).long()), epochs=2, **options).history) == 2  # type: ignore[arg-type]
 
 
 def test_the_first_half_forgets_and_the_second_follows_the_frozen_model() -> None:
