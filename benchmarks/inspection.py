@@ -63,8 +63,8 @@ def speed(cells: list[dict[str, Any]]) -> str:
     """Markdown: how much faster and with how many fewer passes BAN is than another procedure, on networks that both have judged."""
     by = {(c["key"]["net"], c["key"]["defence"]): c["result"] for c in cells if "verdict" in c["result"]}
     lines = [
-        "| ours | rival | networks | times faster, median (range) | times fewer image passes | same verdict |",
-        "|:--|:--|--:|--:|--:|--:|",
+        "| ours | rival | networks | times faster, median (range) | times fewer image passes | same verdict | where the rival is right |",
+        "|:--|:--|--:|--:|--:|--:|--:|",
     ]
     for ours, rival in RIVALS:
         pairs = [(by[net, ours], by[net, rival]) for net, method in by if method == ours and (net, rival) in by]
@@ -73,9 +73,10 @@ def speed(cells: list[dict[str, Any]]) -> str:
         seconds = sorted(slow["inspect_seconds"] / fast["inspect_seconds"] for fast, slow in pairs)
         images = statistics.median(_passes(slow) / _passes(fast) for fast, slow in pairs)
         same = sum(fast["verdict"] == slow["verdict"] for fast, slow in pairs)
+        right = [fast["verdict"] == slow["verdict"] for fast, slow in pairs if slow["right"]]
         names = " | ".join(name.removeprefix("inspect:") for name in (ours, rival))
         faster = f"{statistics.median(seconds):.1f} ({seconds[0]:.1f} to {seconds[-1]:.1f})"
-        lines.append(f"| {names} | {len(pairs)} | {faster} | {images:.1f} | {same} |")
+        lines.append(f"| {names} | {len(pairs)} | {faster} | {images:.1f} | {same} | {sum(right)} of {len(right)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 

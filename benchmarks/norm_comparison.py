@@ -88,9 +88,7 @@ def curve(net: str, trigger: Any, norm: str, order: str, seed: int) -> dict[str,
 
     clean = tuple(t[:CLEAN] for t in splits.defender.tensors)
     limits: dict[str, Any] = {"asr_goal": None, "prune_tolerance": 1.0, "max_share": SHARE}
-    done = bf.remove(
-        loaded.model, clean, method="linf", trigger=trigger, norm=norm, order=order, seed=seed, evaluate=judge, curve=True, **limits
-    )
+    done = bf.remove(loaded.model, clean, method="linf", trigger=trigger, norm=norm, order=order, seed=seed, curve=judge, **limits)
     return {"history": done.history}
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import torch
+from torch import nn
 
+from benchmarks import norm_comparison
 from benchmarks.prefer import preferences
+from beniful_fast.attacks import BadNets
+from beniful_fast.evaluation.cells import Cells
 
 backends = importlib.import_module("beniful_fast.ops.backends")  # the package's attribute of that name is the function
 
@@ -42,3 +47,19 @@ def test_a_measured_preference_is_taken_and_nothing_else(monkeypatch):
     assert backends._preferred("channel_stats", x) == "cuda"
     monkeypatch.setitem(ok, "triton", (False, "not here"))
     assert backends._preferred("distance", x) == "cuda"
+
+
+def test_the_norms_are_compared_on_any_network(monkeypatch, tmp_path):
+    images, labels = torch.rand(60, 3, 8, 8), torch.arange(60) % 4
+    model = nn.Sequential(
+        nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 4)
+    ).eval()
+    loaded = SimpleNamespace(model=model, attack=BadNets(0, 0, size=2), card={"dataset": "any"})
+    part = SimpleNamespace(tensors=(images, labels))
+    monkeypatch.setattr(norm_comparison.zoo, "load", lambda name: loaded)
+    monkeypatch.setattr(norm_comparison, "splits_of", lambda dataset: SimpleNamespace(defender=part, test=part))
+    cells = Cells(tmp_path)
+    assert len(norm_comparison.effect_rows(cells, "net", "twin")) == 4
+    assert norm_comparison.prune_row(cells, "net", "real").count("|") == 8
+    kept = [cell["result"]["history"] for cell in cells.all() if cell["kind"] == "prune"]
+    assert len(kept) == 6 and all({"ACC", "ASR", "accuracy"} <= set(row) for history in kept for row in history)

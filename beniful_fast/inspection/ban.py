@@ -47,8 +47,8 @@ from ..removal.stages import Taps, find_stages
 from .results import BACKDOORED, CLEAN, INCONCLUSIVE, Evidence, Job, Passes, Skipped, judge
 from .shares import class_shares, confusion, entropy, evened, mad_score
 
-# Clean up to, backdoored from: of the fast path's statistic (eleven clean networks that nothing is judged on reach 0.21 at most, see
-# benchmarks/calibrate_ban.py), and of the published procedure's share.
+# Clean up to, backdoored from: of the fast path's statistic, and of the published procedure's share. Clean networks that nothing is judged
+# on reach 0.21 (of eleven) and 0.42 (of ten) at most, see benchmarks/calibrate_ban.py.
 THRESHOLD, SHARE_THRESHOLD = (0.25, 0.35), (0.5, 0.6)
 MASK_WEIGHT = 0.25
 LEAST_CLASSES = 4
