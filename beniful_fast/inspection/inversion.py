@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ from .results import BACKDOORED, INCONCLUSIVE, MOST_CLASSES, Evidence, Job, Skip
 
 KIND, VERSION = "Inversion", 1
 THRESHOLD = 2.0  # of the anomaly index, as published
-ACCUSES = 2.75  # from which it counts as evidence: clean networks reached 2.3
+# From which it counts as evidence: of the index, and of the norm as a share of the median. With ten classes the index alone means little:
+# one clean network of benchmarks/calibrate.py reaches 5.4, with a norm of 0.32 of the median, the smallest share among them.
+ACCUSES, SMALL = 2.75, 0.25
 COUNTS = 0.9  # success on held-out images from which a norm counts
 LEAST_NORMS = 4  # of fewer the median absolute deviation says nothing
 
@@ -318,8 +321,10 @@ def run(job: Job) -> Evidence:
         job.model, job.images, job.labels, precision=job.precision, seed=job.seed, device=job.device, progress=job.progress
     )
     index = float(found.anomaly.nan_to_num(nan=0.0).max())
-    accused = found.target is not None and index >= ACCUSES
     best = next((t for t in found.triggers if t.target == found.target), min(found.triggers, key=lambda t: (t.asr < COUNTS, t.norm)))
+    norms = [t.norm for t in found.triggers if t.asr >= COUNTS]
+    median = statistics.median(norms) if norms else math.nan
+    accused = found.target is not None and index >= ACCUSES and best.norm <= SMALL * median
     return Evidence(
         "neural_cleanse",
         BACKDOORED if accused else INCONCLUSIVE,
@@ -327,7 +332,13 @@ def run(job: Job) -> Evidence:
         min((index - THRESHOLD) / THRESHOLD, 1.0) if accused else 0.0,
         index,
         (0.0, ACCUSES),
-        {"anomaly_index": index, "norm": best.norm, "asr": best.asr, "class": float(best.target)},
+        {
+            "anomaly_index": index,
+            "norm": best.norm,
+            "median_norm": median,
+            "asr": best.asr,
+            "class": float(best.target),
+        },
         found.anomaly.tolist(),
         found.seconds,
         found.forward_images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 
 import numpy as np
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 
 from beniful_fast.inspection.bti_dbf import GeneratedTrigger, bti_dbf
 from beniful_fast.inspection.frozen import pixel_range
-from beniful_fast.inspection.inversion import Inversion, anomaly_index, neural_cleanse
+from beniful_fast.inspection.inversion import Inversion, SyntheticTrigger, anomaly_index, neural_cleanse
+from beniful_fast.inspection.results import Job
 
 from ..models import Returns, SmallNet, images
 from ..third_party import cifar10_test, load
 
+module = importlib.import_module("beniful_fast.inspection.inversion")
 TARGET = 2
 
 
@@ -133,6 +136,19 @@ def test_asked_classes_alone_give_triggers_but_no_verdict():
     assert [t.target for t in inversion.triggers] == [TARGET, 0]
     assert inversion.target is None and "no verdict" in inversion.notes[-1]
     assert inversion.triggers[0].norm < 2
+
+
+@pytest.mark.parametrize(("smallest", "verdict"), [(12.0, "inconclusive"), (5.0, "backdoored")])
+def test_a_class_that_stands_out_is_accused_only_by_a_small_trigger(monkeypatch, smallest, verdict):
+    """Where the other norms lie close together, any smaller one has a large index."""
+    norms = [smallest, *(39.0 + k / 4 for k in range(9))]
+    triggers = [SyntheticTrigger(k, torch.zeros(1, 8, 8), torch.zeros(3, 8, 8), norm, 1.0) for k, norm in enumerate(norms)]
+    monkeypatch.setattr(module, "neural_cleanse", lambda *args, **options: module._judged(triggers, 1.0, 0, 0))
+    images, cpu = torch.rand(20, 3, 8, 8), torch.device("cpu")
+    evidence = module.run(Job(nn.Identity(), images, torch.arange(20) % 10, 10, 1.0, cpu, torch.float32))
+    assert evidence.statistic > 10 and evidence.verdict == verdict
+    assert evidence.target == (0 if verdict == "backdoored" else None)
+    assert evidence.statistics["norm"] == smallest and evidence.statistics["median_norm"] == pytest.approx(39.875)
 
 
 def test_anomaly_index_is_the_published_one_on_the_norms_that_count():
