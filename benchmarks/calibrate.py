@@ -58,17 +58,21 @@ def statistic(spec: NetSpec, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each network, each method's statistic, and the parts of BAN's; the highest of BAN's first."""
+    """Markdown: a line for each network, each method's statistic, the size of Neural Cleanse's trigger as a share of the median one, and the
+    parts of BAN's statistic; the highest of BAN's first."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for cell in cells:
         found.setdefault(cell["key"]["net"], {})[cell["key"]["method"]] = cell["result"]
     parts = ("share", "lead", "aimed_share", "aimed_rival_share")
+    heads = ["clean network", "ACC %", *METHODS, "its size", *(f"ban: {part.replace('_', ' ')}" for part in parts)]
     lines = [
-        "| clean network | ACC % | " + " | ".join([*METHODS, *(f"ban: {part.replace('_', ' ')}" for part in parts)]) + " |",
-        "|:--|" + "--:|" * (1 + len(METHODS) + len(parts)),
+        "| " + " | ".join(heads) + " |",
+        "|:--|" + "--:|" * (len(heads) - 1),
     ]
     for name, row in sorted(found.items(), key=lambda item: -item[1]["ban"]["statistic"] if "ban" in item[1] else 1):
         numbers = [f"{row[m]['statistic']:.2f}" if m in row else "" for m in METHODS]
+        cleanse = row.get("neural_cleanse", {}).get("statistics")
+        numbers.append(f"{cleanse['norm'] / cleanse['median_norm']:.2f}" if cleanse else "")
         details = [f"{row['ban']['statistics'][part]:.2f}" if "ban" in row else "" for part in parts]
         lines.append(f"| {name} | {100 * next(iter(row.values()))['acc']:.1f} | " + " | ".join([*numbers, *details]) + " |")
     return "\n".join(lines)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
+from torch import Tensor, nn
 
 import beniful_fast as bf
 from beniful_fast.evaluation.cells import Cell, Cells
@@ -24,38 +26,41 @@ NETWORKS = ("wrn16_1_grid_trigger_target0", "small_resnet_wanet_target0")
 CLEAN, TARGET = 2500, 0
 
 
+def figures(net: nn.Module, test: Tensor, truth: Tensor, triggered: Tensor) -> dict[str, float]:
+    """ACC on the test images, ASR and RA on the triggered ones whose true class is not the target."""
+    seen, victims = predict(net, triggered), truth != TARGET
+    shares = {"ACC": predict(net, test) == truth, "ASR": (seen == TARGET)[victims], "RA": (seen == truth)[victims]}
+    return {name: float(share.float().mean()) for name, share in shares.items()}
+
+
+def repair(name: str, method: str, folder: Path, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Figures before and after one removal, and its notes."""
+    model, trigger = load(folder, name)
+    assert trigger is not None
+    judge = partial(figures, test=images[CLEAN:], truth=labels[CLEAN:], triggered=trigger(images[CLEAN:]))
+    done = bf.remove(model, (images[:CLEAN], labels[:CLEAN]), method=method, evaluate=judge)
+    return {"before": done.before, "after": done.after, "notes": done.notes}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(m for m in METHODS if m != "mesa"), help="by commas")
     parser.add_argument("--networks", default=",".join(NETWORKS), help="by commas")
     options = parser.parse_args()
+    if "BENIFUL_DATA" not in os.environ:
+        parser.error("BENIFUL_DATA is not set: it names the folder with cifar10 and models")
     folder, cells = Path(os.environ["BENIFUL_DATA"]), Cells(FOLDER)
     images, labels = cifar10_test(folder)
-    test, truth = images[CLEAN:], labels[CLEAN:]
-    lines = []
+    lines = ["| network | method | ACC % | after | ASR % | after | RA % | after | s |", "|:--|:--|" + "--:|" * 7]
     for name in options.networks.split(","):
-        model, trigger = load(folder, name)
-        assert trigger is not None
-        triggered, victims = trigger(test), truth != TARGET
-
-        def judge(net: torch.nn.Module) -> dict[str, float]:
-            seen = predict(net, triggered)[victims]  # noqa: B023  # called within its own round
-            right = predict(net, test) == truth
-            reached, recovered = seen == TARGET, seen == truth[victims]  # noqa: B023
-            return {k: float(v.float().mean()) for k, v in (("ACC", right), ("ASR", reached), ("RA", recovered))}
-
         for method in options.methods.split(","):
-
-            def run() -> dict[str, object]:
-                done = bf.remove(model, (images[:CLEAN], labels[:CLEAN]), method=method, evaluate=judge)  # noqa: B023
-                return {"before": done.before, "after": done.after, "notes": done.notes}
-
             defaults = {k: v for k, v in vars(METHODS[method][0]()).items() if k != "trigger"}
-            cell = cells.run(Cell("remove", {"network": name, "method": method, "clean_images": CLEAN, "options": defaults}, run))
-            figures = [f"{100 * cell['result'][when][k]:.1f}" for k in ("ACC", "ASR", "RA") for when in ("before", "after")]
-            lines.append(f"| {name} | {method} | " + " | ".join(figures) + f" | {cell['seconds']:.0f} |")
+            key = {"network": name, "method": method, "clean_images": CLEAN, "options": defaults}
+            cell = cells.run(Cell("remove", key, partial(repair, name, method, folder, images, labels)))
+            shown = [f"{100 * cell['result'][when][k]:.1f}" for k in ("ACC", "ASR", "RA") for when in ("before", "after")]
+            lines.append(f"| {name} | {method} | " + " | ".join(shown) + f" | {cell['seconds']:.0f} |")
             print(lines[-1], flush=True)
-    print("\n| network | method | ACC % | after | ASR % | after | RA % | after | s |\n|:--|:--|" + "--:|" * 7 + "\n" + "\n".join(lines))
+    print("\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":
