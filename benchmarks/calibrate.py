@@ -58,8 +58,9 @@ def statistic(spec: NetSpec, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each network, each method's statistic, the size of Neural Cleanse's trigger as a share of the median one, and the
-    parts of BAN's statistic; the highest of BAN's first."""
+    """Markdown: each method's statistic for each network, the size of Neural Cleanse's trigger as a share of the median one, and the parts
+    of BAN's statistic; the highest of BAN's first.
+    """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for cell in cells:
         found.setdefault(cell["key"]["net"], {})[cell["key"]["method"]] = cell["result"]
