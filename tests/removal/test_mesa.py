@@ -15,7 +15,7 @@ from .bed import bed, figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLACE = Rule((7, 0), size=1)  # of the trigger of `bed`
-QUICK = {"epochs": 6, "lr": 0.01, "probability": 0.2}
+QUICK = {"epochs": 6, "lr": 0.01, "probability": 0.2, "augment": False}
 
 
 class Counting:
