@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from beniful_fast.data.base import need
-from beniful_fast.evaluation.protocol import Evaluation
+from beniful_fast.evaluation.protocol import TRACED, Evaluation
 from beniful_fast.evaluation.splits import load_splits
 from beniful_fast.removal import METHODS
 
@@ -168,7 +168,7 @@ def main() -> None:
                 clean_images=clean,
                 removal_options={"lr": lr, "precision": "bf16"},
                 # What an epoch leaves is looked at for the defaults alone: it takes a fifth of the time.
-                **({} if (lr, clean) == (own_rate(method), CLEAN) else {"traced": 0}),
+                traced=TRACED if (lr, clean) == (own_rate(method), CLEAN) else 0,
                 folder=str(options.folder),
                 splits=splits,
             )

@@ -8,6 +8,7 @@ ONLY=text picks the cases whose name contains it. `--dry-run` runs tiny shapes o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -90,17 +91,8 @@ def interleaved(calls: dict[str, Callable[[], Any]], device: str) -> dict[str, d
 
 def rotating(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
     """One call after the other, so that consecutive ones share no data."""
-    state = iter(())
-
-    def run() -> Any:
-        nonlocal state
-        call = next(state, None)
-        if call is None:
-            state = iter(calls)
-            call = next(state)
-        return call()
-
-    return run
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
 
 
 def graphed(call: Callable[[], Any]) -> Callable[[], Any] | None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.inspection                                        # BAN, Neural Cleanse; BAN as published, in bfloat16
     python -m benchmarks.inspection --methods inspect:bti_dbf --only p10-s0
-    python -m benchmarks.inspection --table                                # of what is finished
+    python -m benchmarks.inspection --table                                # of what is finished, with --only of these networks
 
 Needs BENIFUL_DATA with cifar10. A method's threshold is its default: nothing is fitted to these networks here.
 """
@@ -87,13 +87,13 @@ def _passes(result: dict[str, Any]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(METHODS), help="by commas")
-    parser.add_argument("--only", default="", help="part of a network's name")
+    parser.add_argument("--only", default="", help="parts of networks' names, by commas")
     parser.add_argument("--table", action="store_true", help="print what is finished")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
+    chosen = [spec for spec in networks() if any(part in spec.name for part in options.only.split(","))]
     if not options.table:
         splits = load_splits("cifar10")
-        chosen = [spec for spec in networks() if options.only in spec.name]
         for method in options.methods.split(","):
             for i, spec in enumerate(chosen, 1):
                 one = Evaluation("cifar10", defences=[method], folder=str(options.folder), splits=splits)
@@ -102,7 +102,7 @@ def main() -> None:
                     f"{i}/{len(chosen)} {method} {spec.name}: {_cell(done['result'])}, {done['result']['inspect_seconds']:.0f} s",
                     flush=True,
                 )
-    cells = finished(options.folder)
+    cells = [c for c in finished(options.folder) if c["key"].get("net") in {spec.name for spec in chosen}]
     print(verdicts(cells))
     for section in sections(cells):
         for found in inspection_tables(section):

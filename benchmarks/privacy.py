@@ -140,7 +140,7 @@ def _read(source: data.ImageDataset, rows: Tensor) -> tuple[Tensor, Tensor]:
 def vae_of(name: str, seed: int) -> tuple[ConvVAE, float]:
     """The VAE of the public images, and R^2 on the members; CIFAR-10's takes minutes, so it is kept."""
     setting, records = SETTINGS[name], pool(name, seed)
-    options = {"latent": setting.latent, "epochs": setting.vae_epochs, "seed": seed}
+    options: dict[str, Any] = {"latent": setting.latent, "epochs": setting.vae_epochs, "seed": seed}
     standard = {option: inspect.signature(fit_conv_vae).parameters[option].default for option in ("width", "beta", "lr", "batch")}
     # Which rows are public depends on the members: a VAE that saw this pool's members must not be called public.
     rows = hashlib.sha256(records.public.numpy().tobytes()).hexdigest()
@@ -186,10 +186,12 @@ def pipeline(name: str, defence: str, level: float | None, pool_seed: int) -> Ca
     def run(net: nn.Module, images: Tensor, labels: Tensor, seed: int) -> nn.Module:
         if defence == "dp_sgd":
             assert level is not None
-            options = {"epochs": setting.dp_epochs, "lr": setting.dp_lr, "batch": setting.dp_batch}
+            options: dict[str, Any] = {"epochs": setting.dp_epochs, "lr": setting.dp_lr, "batch": setting.dp_batch}
             return train_dp_sgd(net, (images, labels), eps=level, delta=setting.dp_delta, seed=seed, **options).model
         if defence == "vae" and level:
-            images = MetricPrivacy(eps_of(name, level, pool_seed), seed=seed).release(vae_of(name, pool_seed)[0], (images, labels)).images
+            released = MetricPrivacy(eps_of(name, level, pool_seed), seed=seed).release(vae_of(name, pool_seed)[0], (images, labels)).images
+            assert released is not None  # no file was asked for
+            images = released
         elif defence == "vae":
             images = _rebuilt(vae_of(name, pool_seed)[0], images)
         train(net, images, labels, recipe=recipe, seed=seed)
@@ -221,7 +223,7 @@ def target(name: str, defence: str, level: float | None, seed: int) -> tuple[Ten
     net = pipeline(name, defence, level, seed)(make(name, seed), records.images[inside], records.labels[inside], seed)
     logits = logits_of(net, records.images)
     right = (logits.argmax(1) == records.labels).double()
-    found = {"test_accuracy": float(right[~inside].mean()), "member_accuracy": float(right[inside].mean())}
+    found: dict[str, Any] = {"test_accuracy": float(right[~inside].mean()), "member_accuracy": float(right[inside].mean())}
     if defence == "vae":
         found["r2"] = vae_of(name, seed)[1]
         found["eps"] = eps_of(name, level, seed) if level else None
@@ -287,7 +289,12 @@ def chosen(cells: Cells, name: str) -> float | None:
 
 
 def _mean(results: list[dict[str, Any]], *keys: str) -> float:
-    return statistics.fmean(float(functools.reduce(lambda value, key: value[key], keys, one)) for one in results)
+    def at(result: Any) -> float:
+        for key in keys:
+            result = result[key]
+        return float(result)
+
+    return statistics.fmean(at(one) for one in results)
 
 
 def table(cells: Cells, name: str) -> str:
