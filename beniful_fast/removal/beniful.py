@@ -7,7 +7,8 @@ sources leave F's direction open.
 pulls the features of adversarial images to the frozen model's features of the clean images that they were made of. Adversarial images are
 small changes that give another class in the backdoored model, and the shortest way there is often its backdoor, so they stand in for
 triggered ones. The second half recovers accuracy: F and a distillation follow the frozen model on clean images, which hold no trigger.
-With suspicious inputs it also holds on to what the first half found: those that lost the backdoored model's class do not get it back.
+It also holds on to what the first half found: adversarial images, or suspicious inputs where there are any, that lost the backdoored
+model's class do not get it back. Without that some of the backdoor returns with the accuracy.
 
 "repel" keeps the weights and drives the features of clean images away from the frozen ones by a hinge, max(0, margin - distance).
 """
@@ -35,6 +36,7 @@ from .training import PREDICT_BATCH, Job, Recipe, check_at_least_0, train
 DIRECTIONS = ("align", "repel")
 TARGETS = ("frozen", "vae", "class_mean")
 KINDS = ("relative", "mse", "cosine")
+ADVERSARIAL_KEPT = 1024  # images of the first half that the second looks at again
 STEPS = 216  # of 12 epochs on 2,500 images, for which the other defaults were chosen
 
 
@@ -59,7 +61,8 @@ class Options(Recipe):
         adversarial: weight of their feature distance.
         eps: largest change of their pixels, as a share of the pixel range of the clean images.
         adversarial_steps: gradient steps to each.
-        suspicious_weight: of -log(1 - p), with p the probability of the backdoored model's class on suspicious inputs that lost it.
+        suspicious_weight: of -log(1 - p), with p the probability of the backdoored model's class on suspicious inputs that lost it (where
+            there are none, on adversarial images that did); 0 leaves it out.
         epochs: None is the even number that comes nearest to 216 steps, whatever the number of clean images: a small set needs as many to
             recover its accuracy, and more of them bring some of the backdoor back.
         batch_size: None is 128, or all clean images if they are fewer.
@@ -170,7 +173,8 @@ class _Loss:
     def __init__(self, job: Job, options: Options, epochs: int, wanted: Taps, taps: Taps) -> None:
         self.job, self.options, self.epochs, self.wanted, self.taps = job, options, epochs, wanted, taps
         self.suspects: tuple[Tensor, Tensor] | None = None
-        self.forgetting = False
+        self.adversarial: list[Tensor] = []
+        self.forgetting = self.collecting = False
         # Half of the epochs at least: earlier the repaired model's classes are little worth.
         self.recovers_from = math.ceil(max(options.forget if options.direction == "align" else 0, 0.5) * epochs)
         self.targets = self._make_targets()
@@ -180,8 +184,13 @@ class _Loss:
     def begin(self, epoch: int) -> None:
         """Called before each epoch, from 0."""
         self.forgetting = self.options.direction == "align" and epoch < self.options.forget * self.epochs
-        if epoch == self.recovers_from and self.job.suspicious is not None:
-            self.suspects = self._find_suspects(self.job.suspicious)
+        # Of the last epoch that forgets.
+        self.collecting = self.forgetting and epoch + 1 >= self.options.forget * self.epochs and self.job.suspicious is None
+        if epoch == self.recovers_from and self.options.suspicious_weight:
+            if self.job.suspicious is not None:
+                self.suspects = self._find_suspects(self.job.suspicious, "suspicious inputs")
+            elif any(map(len, self.adversarial)):
+                self.suspects = self._find_suspects(torch.cat(self.adversarial), "adversarial images")
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
@@ -206,8 +215,9 @@ class _Loss:
             total = total + options.distill * divergence(logits, teacher, options.temperature)
         terms = {"feature_distance": distance}
         if self.suspects is not None:
-            terms["suspicious"] = complement(suspicious, classes)
-            total = total + options.suspicious_weight * terms["suspicious"]
+            lost = complement(suspicious, classes)
+            terms["adversarial" if self.job.suspicious is None else "suspicious"] = lost
+            total = total + options.suspicious_weight * lost
         return total, terms
 
     def _forget(self, x: Tensor, y: Tensor, goals: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -221,6 +231,8 @@ class _Loss:
         changed = self.perturb(summed, x)
         with torch.no_grad():
             fooled = predicted(job.logits(job.frozen, changed)) != y
+        if self.collecting and (room := ADVERSARIAL_KEPT - sum(map(len, self.adversarial))) > 0:
+            self.adversarial.append(changed[fooled][:room].cpu())
         self.wanted.pooled()  # those of the adversarial images are not wanted
         # One pass for both, so that BatchNorm sees them as one batch.
         logits = job.logits(job.student, torch.cat([x, changed]))[: len(x)]
@@ -251,14 +263,14 @@ class _Loss:
                 makers.append(partial(_class_mean, means))
         return makers
 
-    def _find_suspects(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The suspicious inputs that the repaired student and the backdoored model class differently, with the latter's classes.
+    def _find_suspects(self, images: Tensor, what: str) -> tuple[Tensor, Tensor] | None:
+        """The inputs that the repaired student and the backdoored model class differently, with the latter's classes.
 
-        Those carry the trigger: a clean input that was flagged by mistake mostly keeps its class under the repair.
+        Of suspicious inputs those carry the trigger: a clean one that was flagged by mistake mostly keeps its class under the repair.
         """
         old, new = (predicted(self.job.outputs(model, images)).cpu() for model in (self.job.frozen, self.job.student))
         changed = old != new
-        lost = f"{int(changed.sum())} of {len(changed)} suspicious inputs"
+        lost = f"{int(changed.sum())} of {len(changed)} {what}"
         self.job.notes.append(f"{lost} lost the backdoored model's class and are trained on")
         # What they are is not known, the student's guess may be wrong; what they are not is.
         return (images[changed], old[changed]) if bool(changed.any()) else None

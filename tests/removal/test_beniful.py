@@ -11,7 +11,7 @@ from beniful_fast.attacks import BadNets
 from beniful_fast.evaluation.networks import network
 from beniful_fast.removal import remove
 from beniful_fast.removal.adversarial import Perturbation
-from beniful_fast.removal.beniful import complement, divergence, start_anew
+from beniful_fast.removal.beniful import ADVERSARIAL_KEPT, complement, divergence, start_anew
 from beniful_fast.removal.results import figures_moved
 from beniful_fast.removal.stages import Taps, find_stages, last_layers
 from beniful_fast.removal.training import learning_rate
@@ -44,6 +44,23 @@ def test_suspicious_inputs_help_and_false_positives_do_not_harm() -> None:
         assert any("no epoch is left" in note for note in remove(net, clean, suspicious=flagged, **short).notes)  # type: ignore[arg-type]
     clean_only = remove(net, clean, suspicious=test[:50], **options)  # type: ignore[arg-type]
     assert figures(clean_only.model)["ACC"] > figures(net)["ACC"] - 0.05
+
+
+def test_adversarial_images_stand_in_for_suspicious_inputs() -> None:
+    net, clean, _, _ = bed()
+    without, held = (remove(net, clean, suspicious_weight=weight) for weight in (0.0, 3.0))
+    assert figures(held.model)["ASR"] < figures(without.model)["ASR"]
+    assert figures(held.model)["ACC"] > figures(net)["ACC"] - 0.02
+    half = len(held.history) // 2
+    assert ["adversarial" in row for row in held.history] == [False] * half + [True] * half
+    assert not any("adversarial" in row for row in without.history)
+    (note,) = (note for note in held.notes if "lost the backdoored model's class" in note)
+    looked_at = int(note.split(" of ")[1].split()[0])
+    assert 0 < looked_at <= ADVERSARIAL_KEPT and "adversarial images" in note
+    # Nothing to hold on to, or no epoch left to do it in.
+    for options in ({"forget": 1.0}, {"forget": 0.0}):
+        result = remove(net, clean, epochs=2, **options)  # type: ignore[arg-type]
+        assert not any("adversarial" in row for row in result.history)
 
 
 @pytest.mark.parametrize(("n", "epochs"), [(20, 216), (1000, 28), (30_000, 2)])
