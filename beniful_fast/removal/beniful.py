@@ -36,7 +36,6 @@ from .training import PREDICT_BATCH, Job, Recipe, check_at_least_0, train
 DIRECTIONS = ("align", "repel")
 TARGETS = ("frozen", "vae", "class_mean")
 KINDS = ("relative", "mse", "cosine")
-ADVERSARIAL_KEPT = 1024  # images of the first half that the second looks at again
 STEPS = 216  # of 12 epochs on 2,500 images, for which the other defaults were chosen
 
 
@@ -231,8 +230,8 @@ class _Loss:
         changed = self.perturb(summed, x)
         with torch.no_grad():
             fooled = predicted(job.logits(job.frozen, changed)) != y
-        if self.collecting and (room := ADVERSARIAL_KEPT - sum(map(len, self.adversarial))) > 0:
-            self.adversarial.append(changed[fooled][:room].cpu())
+        if self.collecting:
+            self.adversarial.append(changed[fooled].cpu())
         self.wanted.pooled()  # those of the adversarial images are not wanted
         # One pass for both, so that BatchNorm sees them as one batch.
         logits = job.logits(job.student, torch.cat([x, changed]))[: len(x)]
@@ -276,12 +275,15 @@ class _Loss:
         return (images[changed], old[changed]) if bool(changed.any()) else None
 
     def _some_suspects(self, n: int) -> tuple[Tensor, Tensor]:
-        """A quarter as many as a batch's n images, augmented as these are, with their classes, on the device."""
+        """A quarter as many as a batch's n images, augmented as these are, with their classes, on the device.
+
+        Adversarial images were made of augmented ones.
+        """
         assert self.suspects is not None
         images, classes = self.suspects
         rows = torch.randint(0, len(images), (max(2, n // 4),), generator=self.generator)
         x = self.job.to_device(images[rows])
-        if self.options.augment and x.dim() == 4:
+        if self.options.augment and x.dim() == 4 and self.job.suspicious is not None:
             padding, flips = self.job.bearable(self.options)
             x = crop_and_flip(x, padding, flips=flips, generator=self.generator)
         return x, classes[rows].to(self.job.device)
