@@ -48,7 +48,7 @@ from .results import BACKDOORED, CLEAN, INCONCLUSIVE, Evidence, Job, Passes, Ski
 from .shares import class_shares, confusion, entropy, evened, mad_score
 
 # Clean up to, backdoored from: of the fast path's statistic, and of the published procedure's share. Clean networks that nothing is judged
-# on reach 0.21 (of eleven) and 0.42 (of ten) at most, see benchmarks/calibrate.py.
+# on reach 0.21 (of twelve) and 0.42 (of ten) at most, see benchmarks/calibrate.py.
 THRESHOLD, SHARE_THRESHOLD = (0.25, 0.35), (0.5, 0.6)
 MASK_WEIGHT = 0.25
 LEAST_CLASSES = 4
@@ -90,7 +90,7 @@ class Budget:
     accuracy: float = 0.7
     mask_steps: int = 100
     mask_lr: float = 0.03
-    rivals: int = 10
+    rivals: int = 6
     reached: float = 0.06
 
 
