@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Options(Recipe):
     """Options of `remove(method="mesa")`, besides those of `Recipe`.
 
-    The authors take a constant rate of 1e-3, no augmentation and a probability of 1 %, with which even the true trigger stays in.
+    The authors take a constant rate of 1e-3, no augmentation and a probability of 1 %. Under warm-up and cosine even the true trigger kept
+    a tenth of its ASR so.
 
     Attributes:
         trigger: what to retrain with: a `TriggerDistribution`, or anything with `stamp(images)`, such as an `Attack` or one reversed
