@@ -80,7 +80,7 @@ class Setting:
 
 SETTINGS = {
     "digits": Setting(300, 1197, 4, 32, 2, 40, 32, "float32", 16, 40, (2.0, 8.0), 1e-3, 60, 300, 0.3),
-    "cifar10": Setting(10_000, 10_000, 1, 32, 3, 30, 128, "bfloat16", 64, 20, (2.0, 8.0), 1e-5, 30, 1024, 0.5),
+    "cifar10": Setting(10_000, 10_000, 1, 32, 3, 20, 128, "bfloat16", 64, 20, (2.0, 8.0), 1e-5, 30, 1024, 0.5),
 }
 
 
@@ -93,7 +93,8 @@ class ConvNet(nn.Module):
         layers: list[nn.Module] = []
         for i in range(depth):
             out = width * 2**i
-            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(8, out), nn.ReLU(), nn.MaxPool2d(2)]
+            # Pooled before it is normalised: a step takes 0.6 of the time on a CPU.
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.MaxPool2d(2), nn.GroupNorm(8, out), nn.ReLU()]
             channels, side = out, side // 2
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, 256), nn.ReLU())
         self.fc = nn.Linear(256, n_classes)

@@ -41,11 +41,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..batches import evenly
-from ..features import FeatureTap
 from ..neuron_noise import CHECKPOINTING, NeuronNoise, norm_parameters, recomputes
-from ..removal.stages import Taps, find_stages
+from ..removal.stages import Taps
 from .results import BACKDOORED, CLEAN, INCONCLUSIVE, Evidence, Job, Passes, Skipped, judge
 from .shares import class_shares, confusion, entropy, evened, mad_score
+from .site import affine, find_site
 
 # Clean up to, backdoored from: of the fast path's statistic, and of the published procedure's share. Clean networks that nothing is judged
 # on reach 0.21 (of twelve) and 0.42 (of ten) at most, see benchmarks/calibrate.py.
@@ -54,15 +54,6 @@ MASK_WEIGHT = 0.25
 LEAST_CLASSES = 4
 # Held-out images below which shares say nothing.
 LEAST_HELD = 40
-# Elements of one image's map above which the fast path keeps pooled features instead.
-LARGEST_MAP = 2**17
-
-POOLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda z: z.flatten(2).mean(2),
-    "max": lambda z: z.flatten(2).amax(2),
-    "first": lambda z: z.flatten(2)[..., 0],
-    "flatten": lambda z: z.flatten(1),
-}
 
 
 @dataclass(frozen=True)
@@ -108,76 +99,6 @@ class Published:
 
 FAST, PUBLISHED = Budget(), Published()
 EVALUATE_BATCH = 250
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where the mask acts: the output (or input) of `layer` with channels in dimension 1, and `tail` from there to (N, classes) logits."""
-
-    layer: str
-    tail: Callable[[Tensor], Tensor]
-    prepool: bool
-
-
-def find_site(job: Job, x: Tensor, largest: int = LARGEST_MAP) -> Site:
-    """The last map before pooling, if all behind it is [ReLU,] pooling and the last Linear; else the head's input.
-
-    The head is the last Linear or 1x1 convolution, behind which may be [ReLU and] pooling, or the caller's own module (`job.layer`).
-    A guess at the tail counts if it reproduces the model's log-probabilities on `x`, or, for the head alone, its classes.
-
-    Raises:
-        Skipped: neither does.
-    """
-    heads = [None, f"{job.layer}:input"] if job.layer and not job.layer.endswith(":input") else [None]
-    reason = ""
-    for name in heads:
-        try:
-            return _site(job, x, largest, FeatureTap(job.model, name))
-        except (ValueError, Skipped) as error:
-            reason = str(error)
-    raise Skipped(reason)
-
-
-def _site(job: Job, x: Tensor, largest: int, tap: FeatureTap) -> Site:
-    head_input = tap.resolve(x)[0]
-    stages = [job.layer] if job.layer else find_stages(job.model, x)[:-1]
-    head = tap.module(head_input)
-    with torch.no_grad(), Taps(job.model, [*stages[-1:], head_input]) as taps:
-        wanted = job.logits(job.model(x), len(x))
-        *maps, pooled = taps.maps()
-
-    def through(prepare: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-        # Under the model's own autocast a map may have another type than the head.
-        last = after or (lambda out: out)
-        return lambda z: job.logits(last(head(prepare(z.to(job.dtype)))), len(z))
-
-    def alike(got: Tensor) -> bool:
-        return torch.allclose(got.log_softmax(1), wanted.log_softmax(1), rtol=1e-3, atol=1e-3)
-
-    for z in (z for z in maps if z[0].numel() <= largest):
-        for pool in POOLS.values() if z.dim() > 2 else [nn.Identity()]:
-            for prepare in (pool, lambda z, pool=pool: pool(z.relu())):
-                tail = through(prepare)
-                if _reproduces(tail, z, alike):
-                    return Site(stages[-1], tail, True)
-    if isinstance(head, nn.modules.conv._ConvNd):
-        for pool in POOLS.values():
-            for after in (pool, lambda out, pool=pool: pool(out.relu())):
-                tail = through(nn.Identity(), after)
-                if _reproduces(tail, pooled, alike):
-                    return Site(head_input, tail, True)
-    tail = through(nn.Identity())
-    if _reproduces(tail, pooled, lambda got: torch.equal(got.argmax(1), wanted.argmax(1))):
-        return Site(head_input, tail, False)
-    raise Skipped(f"what follows {head_input!r} is more than it and pooling; give as layer the module that turns features into logits")
-
-
-@torch.no_grad()
-def _reproduces(tail: Callable[[Tensor], Tensor], z: Tensor, same: Callable[[Tensor], bool]) -> bool:
-    try:
-        return same(tail(z))
-    except (RuntimeError, TypeError):  # shapes that don't fit the head, or no logits
-        return False
 
 
 def fit_mask(
@@ -283,9 +204,21 @@ class Inspector:
             size += FAST.step
         z, _ = self.features(noise, self.images)
 
-        def split(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-            kept = mask * z[rows]
-            return self.site.tail(kept), self.site.tail(z[rows] - kept)
+        matrix = affine(self.site, z, job.classes)
+        if matrix is None:
+
+            def split(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+                kept = mask * z[rows]
+                return self.site.tail(kept), self.site.tail(z[rows] - kept)
+
+        else:
+            weight, bias = matrix
+            flat, both = z.flatten(1), self.site.tail(z) + bias
+
+            def split(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+                # The mask on the weights instead of on each image's features; what it leaves is the rest of the whole.
+                kept = F.linear(flat[rows], weight * mask.flatten(), bias)
+                return kept, both[rows] - kept
 
         steps = (torch.randperm(len(z), generator=generator)[:256].to(job.device) for _ in range(FAST.mask_steps))
         return self.rates(noise, fit_mask(split, z.shape[1:], steps, self.labels, FAST.mask_lr, generator), size)
@@ -309,8 +242,19 @@ class Inspector:
                 noise.ascend(logits.log_softmax(1)[others, k].sum(), FAST.step)
             if float(torch.stack(reached).nanmean()) >= FAST.reached:
                 break
-        rates = (confusion(self.features(noise, self.held)[1].argmax(1), self.held_labels, job.classes) for noise in noises)
-        return torch.stack([class_shares(rate)[k] for rate, k in zip(rates, candidates, strict=True)])
+
+        def share(i: int, guesses: Tensor) -> Tensor:
+            return class_shares(confusion(guesses, self.held_labels[: len(guesses)], job.classes))[candidates[i]]
+
+        # All on a full batch first; only the two that are ahead decide, and get the others.
+        first = EVALUATE_BATCH if len(self.held) >= 2 * EVALUATE_BATCH else len(self.held)
+        guesses = [self.features(noise, self.held[:first])[1].argmax(1) for noise in noises]
+        shares = torch.stack([share(i, found) for i, found in enumerate(guesses)])
+        if first < len(self.held):
+            for i in shares.argsort(descending=True)[:2].tolist():
+                rest = self.features(noises[i], self.held[first:])[1].argmax(1)
+                shares[i] = share(i, torch.cat([guesses[i], rest]))
+        return shares
 
     def published(self, seed: int) -> Run:
         """The authors' procedure; the mask's loss goes back through the noised network, though nothing there is learnt."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from beniful_fast.inspection import ban, inspect, shares
 from beniful_fast.inspection.results import Job, Skipped
+from beniful_fast.inspection.site import affine, find_site
 from beniful_fast.neuron_noise import NeuronNoise, norm_parameters
 
 from ..models import Plain, SmallNet, Tokens, images, seeded
@@ -146,15 +147,69 @@ def job_of(net: nn.Module, n: int = 16) -> Job:
 @pytest.mark.parametrize("pool", ["mean", "max", "flatten"])
 def test_the_tail_behind_the_map_is_found_and_gives_the_models_logits(pool: str, relu: bool) -> None:
     net = seeded(Head, pool, relu)
-    site = ban.find_site(job_of(net), images(16))
+    site = find_site(job_of(net), images(16))
     assert (site.layer, site.prepool) == ("norm", True)
     x = images(8, seed=3)
     torch.testing.assert_close(site.tail(net.norm(net.body(x))), net(x))
 
 
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("pool", ["mean", "max", "flatten"])
+def test_a_mask_on_the_matrix_of_an_affine_tail_is_one_on_the_features(pool: str, relu: bool) -> None:
+    site, z = find_site(job_of(seeded(Head, pool, relu)), images(16)), torch.randn(40, 6, 6, 6) * torch.rand(6, 1, 1).mul(3).exp()
+    found = affine(site, z, 4)
+    assert (found is not None) == (pool != "max" and not relu)
+    if found is not None:
+        weight, bias = found
+        for mask in (torch.zeros(6, 6, 6), torch.ones(6, 6, 6), torch.rand(6, 6, 6)):
+            kept = F.linear(z.flatten(1), weight * mask.flatten(), bias)
+            scale = float(kept.abs().max())
+            torch.testing.assert_close(kept, site.tail(mask * z), rtol=1e-5, atol=1e-6 * scale)
+            torch.testing.assert_close(site.tail(z) + bias - kept, site.tail((1 - mask) * z), rtol=1e-5, atol=1e-5 * scale)
+    assert affine(site, z, 2**20) is None  # the matrix would be larger than the maps
+
+
+@pytest.mark.parametrize("pool", ["mean", "flatten"])
+def test_the_fast_path_finds_the_same_shares_by_the_matrix_and_by_the_tail(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = seeded(Head, pool, False)
+    job = job_of(net, 200)
+    job.labels = torch.arange(200) % 4
+    inspector = ban.Inspector(job)
+    by_matrix = inspector.fast(0)
+    monkeypatch.setattr(ban, "affine", lambda site, z, classes: None)
+    by_tail = inspector.fast(0)
+    torch.testing.assert_close(by_matrix.masked, by_tail.masked, rtol=0, atol=0.05)
+    assert torch.equal(by_matrix.plain, by_tail.plain) and bool(by_matrix.masked.isfinite().all())
+
+
+def test_aimed_noise_is_counted_on_all_held_images_for_the_two_that_are_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of(seeded(SmallNet), 1000)
+    job.labels = torch.arange(1000) % 4
+    inspector = ban.Inspector(job)
+    # Of the first 250 images class k's noise attracts so many to k, of the other 250 none.
+    drawn: dict[int, int] = {0: 60, 1: 200, 2: 120, 3: 20}
+    seen: dict[int, tuple[int, list[int]]] = {}
+
+    def features(self: ban.Inspector, noise: NeuronNoise, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if id(noise) not in seen:
+            seen[id(noise)] = list(drawn)[len(seen)], []
+        k, asked = seen[id(noise)]
+        guesses = self.held_labels[sum(asked) :][: len(x)].clone()
+        if not asked:
+            guesses[: drawn[k]] = k
+        asked.append(len(x))
+        return x, F.one_hot(guesses, 4).float()
+
+    monkeypatch.setattr(ban.Inspector, "features", features)
+    found = inspector.aimed(list(drawn), 0)
+    assert dict(seen.values()) == {0: [250], 1: [250, 250], 2: [250, 250], 3: [250]}
+    for k, share in zip(drawn, found.tolist(), strict=True):
+        assert share == pytest.approx(drawn[k] / (500 if k in (1, 2) else 250), abs=0.04)
+
+
 def test_pooled_features_serve_where_maps_are_too_large_or_the_tail_is_another() -> None:
     net = seeded(SmallNet)
-    site = ban.find_site(job_of(net), images(16), largest=10)
+    site = find_site(job_of(net), images(16), largest=10)
     assert site.layer == "fc:input" and not site.prepool
 
 
@@ -164,7 +219,7 @@ def test_a_head_that_cannot_be_run_alone_is_skipped() -> None:
             return -super().forward(x)
 
     with pytest.raises(Skipped, match="'fc:input'"):
-        ban.find_site(job_of(seeded(Negated, "mean", True)), images(16))
+        find_site(job_of(seeded(Negated, "mean", True)), images(16))
 
 
 def test_a_vit_is_inspected_but_not_judged() -> None:

@@ -18,6 +18,7 @@ from beniful_fast.inspection import ban, inspect, inversion
 from beniful_fast.inspection.ban import Inspector, Run
 from beniful_fast.inspection.bti_dbf import bti_dbf
 from beniful_fast.inspection.shares import evened
+from beniful_fast.inspection.site import find_site
 from beniful_fast.neuron_noise import recomputes
 from beniful_fast.removal import remove
 from beniful_fast.report import inspection_report
@@ -116,7 +117,7 @@ def test_a_convolution_as_head_is_run_alone(relu: bool) -> None:
     net = seeded(ConvHead, relu)
     x = images(16)
     job = ban.Job(net.eval(), x, net(x).argmax(1), 4, 1.0, torch.device("cpu"), torch.float32)
-    site = ban.find_site(job, x)
+    site = find_site(job, x)
     assert site.layer == "head:input" and site.prepool
     torch.testing.assert_close(site.tail(net.body(x)), net(x))
 
