@@ -43,7 +43,7 @@ HELD = 8000
 # The attack. Where it misses `enough` there is nothing to remove, and the pattern is refused.
 VICTIM: dict[str, Any] = {"net": NET, "target": TARGET, "poison": 0.05, "lr": 0.01, "round": 600, "rounds": 4, "batch": 128, "enough": 0.97}
 ARMS = ("mesa", "true trigger", "one reversed trigger", "clean images alone")
-RETRAIN: dict[str, Any] = {"epochs": 10, "lr": 3e-3, "precision": "bf16"}
+RETRAIN: dict[str, Any] = {"epochs": 10, "lr": 2e-3, "precision": "bf16"}
 RULE = Rule(size=SIZE)
 
 

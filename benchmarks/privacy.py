@@ -380,7 +380,7 @@ def main() -> None:
                 print(f"seed {seed} {defence} {level}: test accuracy {found['test_accuracy']:.3f}, {attacks}", flush=True)
         best = chosen(cells, name)
         for seed in seeds:
-            for defence, level in dict.fromkeys([("none", None), ("vae", 0.0), ("vae", RATIOS[-1] if best is None else best)]):
+            for defence, level in dict.fromkeys([("vae", 0.0), ("vae", RATIOS[-1] if best is None else best), ("none", None)]):
                 found = cells.run(cell("shadows", name, defence, level, seed))["result"]
                 attacks = " ".join(f"{key} {found[key]['accuracy']:.3f}" for key in ("shadow", "lira"))
                 print(f"seed {seed} {defence} {level}: {attacks}", flush=True)

@@ -31,7 +31,7 @@ class Options(Recipe):
     """
 
     epochs: int = 10
-    lr: float = 3e-3
+    lr: float = 2e-3
     trigger: Any = None
     target: int | None = None
     betas: tuple[float, ...] = (0.5, 0.8, 0.9)
