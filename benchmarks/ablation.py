@@ -4,8 +4,9 @@
     python -m benchmarks.ablation --arch resnet12w
     python -m benchmarks.ablation --only latent --seeds 0     # some variants, networks of one seed
 
-Each variant is fitted on 2,500 clean images of the defender and judged on 1,000 clean and 1,000 triggered test images. AUROC counts
-triggered images that reach the target; beside it stands the same variant on the clean network. Prints a table and keeps one JSON a cell.
+Each variant is fitted on 2,500 clean images of the defender (some on fewer) and judged on 1,000 clean and 1,000 triggered test images.
+AUROC counts triggered images that reach the target; beside it stands the same variant on the clean network. Prints a table and keeps one
+JSON a cell.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from beniful_fast.report import auroc
 
 FOLDER = Path(__file__).resolve().parent / "results" / "ablation"
 CLEAN, JUDGED, FPR = 2500, 1000, 0.05
+FEW = (100, 250, 500)
 LAST = {"resnet20": 2, "resnet12w": 3}  # the last stage
 
 
@@ -46,6 +48,8 @@ def variants(arch: str) -> dict[str, dict[str, Any]]:
         **{f"stage {i + 1}": {"layer": f"stages.{i}"} for i in range(last + 1)},
         "last two stages": {"layer": [f"stages.{last - 1}", f"stages.{last}"]},
         "images (reading B)": {"reconstruct": "images"},
+        **{f"{n} clean images": {"clean": n} for n in FEW},
+        **{f"{n} clean images, score beniful": {"clean": n, "score": "beniful"} for n in FEW},
     }
 
 
@@ -69,7 +73,9 @@ class Judge:
         self.twin = functools.lru_cache(maxsize=1)(self._twin)
 
     def fitted(self, model: torch.nn.Module, options: Mapping[str, Any], seed: int) -> bf.Screener:
-        return Weighted(model, fpr=FPR, seed=seed, **options).fit(self.splits.defender.tensors[0][:CLEAN])
+        others = dict(options)
+        clean = self.splits.defender.tensors[0][: others.pop("clean", CLEAN)]
+        return Weighted(model, fpr=FPR, seed=seed, **others).fit(clean)
 
     def _twin(self, name: str, options: str, seed: int) -> tuple[bf.Screener, Tensor]:
         screener = self.fitted(zoo.load(name).model, json.loads(options), seed)

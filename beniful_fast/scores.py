@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 # Shares of the samples on which `typical` fits, step by step.
 CONCENTRATION = (*[0.5] * 5, 0.9)
+SHRINKAGE, ROWS_PER_FEATURE = 0.01, 2  # of a covariance, where there are so many images a feature
 SCORES = ("combined", "beniful", "mahalanobis", "norm", "softmax")
 
 
@@ -90,11 +91,19 @@ def typical(z: Tensor, predictions: Tensor, n_classes: int, share: float) -> Ten
     return torch.zeros(len(t), dtype=torch.bool, device=t.device).index_fill_(0, distance.topk(count, largest=False).indices, True)
 
 
+def oracle_shrinkage(covariance: Tensor, n: int) -> float:
+    """The share of the identity's multiple in a covariance (D, D) of n samples: oracle approximating shrinkage (arXiv 0907.4698)."""
+    squared, scale = float(covariance.square().mean()), float(covariance.diagonal().mean()) ** 2
+    rest = (n + 1) * (squared - scale / len(covariance))
+    return 1.0 if rest <= 0 else min(1.0, (squared + scale) / rest)
+
+
 class ClassGaussians(nn.Module):
     """Class-conditional Mahalanobis distance: a mean for each *predicted* class, one shared covariance (Lee et al. 2018).
 
     Labels are not needed. A class without fit images uses the mean of all. The covariance of the standardised features is shrunk towards a
-    multiple of the identity, because channels that are dead on clean data would make it singular.
+    multiple of the identity: by 1 %, because channels that are dead on clean data would make it singular, and by as much as the oracle
+    approximating shrinkage says (Chen et al. 2010) where fewer than `ROWS_PER_FEATURE` images a feature leave it mostly noise.
     """
 
     means: Tensor
@@ -105,7 +114,7 @@ class ClassGaussians(nn.Module):
         self.register_buffer("means", torch.zeros(n_classes, dim, dtype=torch.float32))
         self.register_buffer("whiten", torch.eye(dim, dtype=torch.float32))
 
-    def fit(self, z: Tensor, predictions: Tensor, shrinkage: float = 0.01) -> ClassGaussians:
+    def fit(self, z: Tensor, predictions: Tensor) -> ClassGaussians:
         """Takes features (N, D) and predicted classes (N,)."""
         z = z.double()
         mean, std = z.mean(0), spread(z)
@@ -118,6 +127,7 @@ class ClassGaussians(nn.Module):
         centred = t - means[predictions]
         covariance = centred.T @ centred / n
         scale = covariance.diagonal().mean().clamp_min(1e-12)
+        shrinkage = SHRINKAGE if n >= ROWS_PER_FEATURE * dim else max(SHRINKAGE, oracle_shrinkage(covariance, n))
         covariance = (1 - shrinkage) * covariance + shrinkage * scale * torch.eye(dim, dtype=t.dtype, device=t.device)
         factor = torch.linalg.cholesky(covariance)
         inverse = torch.linalg.solve_triangular(factor, torch.eye(dim, dtype=t.dtype, device=t.device), upper=False)

@@ -19,7 +19,7 @@ from .calibration import Calibration, check_count, check_options, images_needed
 from .features import FeatureTap
 from .pipeline import PRECISIONS, Pipeline, Raw, join
 from .results import ScreeningResult
-from .scores import SCORES, ClassGaussians, iqr, typical
+from .scores import ROWS_PER_FEATURE, SCORES, ClassGaussians, iqr, typical
 from .vae import MINIMUM, FeatureVAE, fit_image_vae, fit_vae
 
 READINGS = ("features", "images")
@@ -28,8 +28,6 @@ LATENT = {"features": 4, "images": 32}
 FLUSH_ROWS = 2048
 # Share of the fit half that is left out of fitting: 1 % triggered images there would otherwise be learnt as clean.
 TRIM = 0.03
-# A covariance of fewer images than that is mostly noise.
-ROWS_PER_FEATURE = 2
 
 
 class Screener(Pipeline):
@@ -367,11 +365,6 @@ class Screener(Pipeline):
         for part in ("z", "peaks"):
             values = getattr(raw, part)
             if values is None:
-                continue
-            if self.score_kind == "combined" and len(keep) < ROWS_PER_FEATURE * values.shape[1]:
-                what = "features" if part == "z" else "peaks"
-                few = f"{len(keep)} fit images are too few for the covariance of {values.shape[1]} {what}"
-                self.notes.append(f"the Mahalanobis distance of {what} is left out: {few}")
                 continue
             with torch.device(values.device), torch.no_grad():
                 self._gaussians[part] = ClassGaussians(values.shape[1], self.n_classes).fit(values[keep], raw.classes[keep])
