@@ -30,6 +30,11 @@ def _found(batch: Any, name: str) -> Any:
 
 
 def _images_of(batch: Any, name: str) -> Tensor:
+    def alone(part: Any) -> bool:
+        return isinstance(part, Tensor) and part.dim() == 4 and len(part) == 1 and part.is_floating_point()
+
+    if isinstance(batch, list | tuple) and len(batch) > 1 and all(map(alone, batch)):
+        raise TypeError(f"{name}: got a batch that is a list of {len(batch)} images, takes one tensor; join them by torch.cat(batch)")
     found = _found(batch, name)
     if not isinstance(found, Tensor):
         raise TypeError(
@@ -38,7 +43,7 @@ def _images_of(batch: Any, name: str) -> Tensor:
     return found
 
 
-def _collate(items: list[Any], name: str) -> Any:
+def collate(items: list[Any], name: str) -> Any:
     """Torch's own, which says of a PIL image neither the argument nor the cure."""
     found = _found(items[0], name)
     if not isinstance(found, Tensor | np.ndarray):
@@ -101,8 +106,8 @@ def batches(data: Any, name: str, batch_size: int, first_row: int = 0, *, keyed:
             raise TypeError(f"{name}: got {type(data).__name__}, a Dataset without length; give it __len__, or make it an IterableDataset")
         # An empty one has no sampler to make a loader of.
         empty = not isinstance(data, IterableDataset) and not len(data)  # type: ignore[arg-type]
-        collate = partial(_collate, name=name)
-        source = () if empty else DataLoader(data, batch_size=batch_size, generator=torch.Generator(), collate_fn=collate)
+        stack = partial(collate, name=name)
+        source = () if empty else DataLoader(data, batch_size=batch_size, generator=torch.Generator(), collate_fn=stack)
     elif isinstance(data, str | bytes | Mapping) or not hasattr(data, "__iter__"):
         raise TypeError(f"{name}: got {type(data).__name__}, takes a tensor (N, C, H, W), a Dataset, or a DataLoader")
     else:

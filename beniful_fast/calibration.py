@@ -7,6 +7,7 @@ fact that the false-positive rate of the r-th largest of n calibration scores is
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -253,6 +254,9 @@ def check_count(n: int, fpr: float, guarantee: str, delta: float, two_sided: boo
 
 def check_options(fpr: float, guarantee: str, delta: float) -> None:
     """Raises ValueError for options no calibration can have."""
+    for name, value in (("fpr", fpr), ("delta", delta)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError(f"{name}: got {value!r}, takes a number between 0 and 1, for example 0.05")
     if not 0 < fpr < 1:
         raise ValueError(f"fpr: got {fpr!r}, takes a rate between 0 and 1, for example 0.05")
     if guarantee not in GUARANTEES:

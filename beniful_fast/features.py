@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .logits import find_logits
+from .heads import find_head, find_like, summaries
+from .logits import find_logits, several
 from .maps import Layer, MapFinder, channel_last, first_tensor, peak, pool
+from .models import unwrap
 from .quiet import quiet, restore
 
 PEAKS = "peaks of "
@@ -46,6 +48,8 @@ class _Probe:
         names: of each module.
         calls: how often each ran.
         heads: Linear and 1x1 convolutions, as they were called.
+        given: what each call of a Linear or convolution gave, see `summaries`.
+        head, like: the last of those calls that gave the logits, and that gave as many numbers.
         reached: for each input and output, how many maps had been computed by then, and whether its channels come last (None: no map).
     """
 
@@ -53,61 +57,10 @@ class _Probe:
     names: dict[nn.Module, str] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
+    given: list[tuple[Layer, list[Tensor]]] = field(default_factory=list)
+    head: Layer | None = None
+    like: Layer | None = None
     reached: dict[Layer, tuple[int, bool | None]] = field(default_factory=dict)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The plain module inside torch.compile's and (Distributed)DataParallel's wrappers, on whose submodules hooks work.
-
-    Raises:
-        TypeError: no nn.Module, or a ScriptModule, whose submodules take no hooks.
-        ValueError: parameters without values (lazy modules, the meta device).
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
-    while True:
-        if hasattr(model, "_orig_mod") and isinstance(model._orig_mod, nn.Module):
-            model = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            break
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model: got a ScriptModule (TorchScript), whose submodules take no hooks; give the nn.Module it was made from")
-    for p in model.parameters():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ValueError(f"model: {type(model).__name__} has lazy parameters without values; run it once on a batch of images")
-        if p.is_meta:
-            raise ValueError(f"model: the weights of {type(model).__name__} are on the meta device; load them first")
-    return model
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy of a plain module.
-
-    Raises:
-        TypeError: it holds what cannot be copied, such as a lock or a list of activations with their graph.
-    """
-    # Weights that a hook computes (pruning, the old weight_norm) are no leaves, which deepcopy refuses; the next pass computes them anew.
-    computed = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    try:
-        return copy.deepcopy(model, computed)
-    except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
-        raise TypeError(
-            f"model: {type(model).__name__} cannot be copied ({str(error).splitlines()[0]}), and all work is done on a copy; "
-            "give one freshly loaded from its state_dict"
-        ) from None
-
-
-def no_gradient(what: str) -> ValueError:
-    """The error for a model whose forward cuts the gradient to its images, parameters, ..."""
-    cures = "no_grad, inference_mode, detach and reentrant checkpoints"
-    return ValueError(f"model: no gradient reaches its {what}; take {cures} out of its forward")
 
 
 def near(name: str, names: Sequence[str]) -> str:
@@ -128,8 +81,9 @@ class FeatureTap:
     >>> out = tap(images)          # out.features["layer4"] (N, C), out.logits (N, K)
 
     A layer is a module's name in `model.named_modules()`, and means that module's output. "name:input" is its input. A module that runs
-    more than once in a forward pass is tapped at its last call; "name#2" names the second. `layer=None` is the input of the last Linear
-    or 1x1 convolution called in forward, found by one probing pass. `layers` holds the names taken, `notes` what was decided.
+    more than once in a forward pass is tapped at its last call; "name#2" names the second. `layer=None` is the input of the Linear or
+    convolution whose output, perhaps pooled, are the logits, found by one probing pass. `layers` holds the names taken, `notes` what was
+    decided.
 
     Maps (N, C, H, W) are averaged over all but sample and channel inside the hook, so an in-place ReLU behind it cannot change them;
     tokens (N, T, C) and maps with channels last (N, H, W, C) as well, see `channel_last`. (N, C) is cloned. Sums are in float32.
@@ -246,13 +200,25 @@ class FeatureTap:
         """
         seen = self._probe(x)
         if not self._layers:
-            if not seen.heads:
+            if not seen.heads and not seen.head and not seen.like:
                 names = [n for n in self._modules if n]
                 raise ValueError(
                     f"layer: {type(self.model).__name__} calls no Linear or 1x1 convolution, so name one of its modules; {near('', names)}"
                 )
-            self._layers = [Layer(seen.heads[-1], input=True)]
-            self.notes.append(f"default tap: the input of {seen.heads[-1]!r}, the last Linear or 1x1 convolution called")
+            head = seen.head or seen.like or Layer(seen.heads[-1], input=True)
+            self._layers = [replace(head, call=head.call if seen.calls[head.module] > 1 else None)]
+            what = (
+                "which gives the logits" if seen.head else "the last that may" if seen.like else "the last Linear or 1x1 convolution called"
+            )
+            self.notes.append(f"default tap: the input of {head.module!r}, {what}")
+            if not seen.head and not seen.like:
+                kind = type(self.model).__name__
+                warnings.warn(
+                    f"layer: no Linear or convolution of {kind} gives its logits; tapped is the input of {head.module!r}, the last one "
+                    "called. If the classes are computed from something else, name that: layer=...",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         for i, layer in enumerate(self._layers):
             ran = seen.calls.get(seen.names[self._modules[layer.module]], 0)
             if ran == 0:
@@ -279,8 +245,12 @@ class FeatureTap:
         return self.layers
 
     def _probe(self, x: Tensor) -> _Probe:
-        """One forward pass over images (N, ...) with hooks on every module."""
-        seen = _Probe(MapFinder(len(x)))
+        """One forward pass over images (N, ...) with hooks on every module.
+
+        Raises:
+            TypeError: the logits are not what `find_logits` takes for them.
+        """
+        seen = _Probe(MapFinder(len(x), x.shape[2:]))
         for name, module in self._modules.items():
             seen.names.setdefault(module, name)
 
@@ -292,6 +262,12 @@ class FeatureTap:
             last = None if tensor is None or tensor.dim() != 4 else seen.maps.layout(module, tensor, is_input)
             seen.reached[layer] = len(seen.maps), last
 
+        def left(module: nn.Module, _: Any, output: Any) -> None:
+            note(module, output, False)
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and isinstance(output, Tensor):
+                name = seen.names[module]
+                seen.given.append((Layer(name, True, seen.calls[name]), summaries(module, output, len(x))))
+
         def entered(module: nn.Module, args: Any) -> None:
             name = seen.names[module]
             seen.calls[name] = seen.calls.get(name, 0) + 1
@@ -302,13 +278,24 @@ class FeatureTap:
 
         hookable = [module for module in seen.names if not isinstance(module, torch.jit.ScriptModule)]
         handles = [module.register_forward_pre_hook(entered) for module in hookable]
-        handles += [module.register_forward_hook(lambda module, _, output: note(module, output, False)) for module in hookable]
+        handles += [module.register_forward_hook(left) for module in hookable]
         try:
             with self.quiet():
-                find_logits(self._call(x.clone()), len(x))
+                output = self._call(x.clone())
         finally:
             for handle in handles:
                 handle.remove()
+        logits = find_logits(output, len(x))
+        seen.head, seen.like = find_head(seen.given, logits), find_like(seen.given, logits)
+        if seen.head is None:
+            # Of (features, logits) the first would be taken; features are the wider ones.
+            for found in several(output, len(x))[1:]:
+                if found.shape[1] < logits.shape[1] and (head := find_head(seen.given, found)):
+                    raise TypeError(
+                        f"model: the logits of {type(self.model).__name__} are those of {head.module!r}, {tuple(found.shape)}, but not the "
+                        "first (N, K) tensor that it returns; return them first, or a dict with 'logits'"
+                    )
+        seen.given.clear()
         return seen
 
     def _reached(self, layer: Layer, seen: _Probe) -> tuple[int, bool | None]:

@@ -38,18 +38,28 @@ def _known_layout(module: nn.Module, is_input: bool) -> bool | None:
     return False if isinstance(module, known) else None
 
 
-def channel_last(module: nn.Module, value: Tensor, is_input: bool) -> bool:
+def channel_last(module: nn.Module, value: Tensor, is_input: bool, image: Sequence[int] = ()) -> bool:
     """Whether the channels are the last dimension of a map.
 
     By the module where it is known: Linear, LayerNorm and RMSNorm work on the last dimension, convolutions, batch and group norm on
-    dimension 1. Else by shape: 3-D is tokens (N, T, C); 4-D is (N, H, W, C) only if the map is square that way and not the other way.
+    dimension 1. Else by shape: 3-D is tokens (N, T, C); 4-D is (N, H, W, C) only if the map is shaped like the images that way and not the
+    other way.
+
+    Args:
+        image: height and width of the images; square ones without.
     """
     known = _known_layout(module, is_input)
     if known is not None:
         return known
     if value.dim() == 3:
         return True
-    return value.dim() == 4 and value.shape[1] == value.shape[2] != value.shape[3]
+    high, wide = image if len(image) == 2 else (1, 1)
+
+    def like_images(height: int, width: int) -> bool:
+        # Strides round either side up or down, by less than one.
+        return abs(height * wide - width * high) < max(high, wide)
+
+    return value.dim() == 4 and like_images(*value.shape[1:3]) and not like_images(*value.shape[2:4])
 
 
 def pool(value: Tensor, last: bool) -> Tensor:
@@ -93,10 +103,11 @@ class MapFinder:
 
     Args:
         n: images in that pass.
+        image: their height and width, see `channel_last`.
     """
 
-    def __init__(self, n: int) -> None:
-        self._n = n
+    def __init__(self, n: int, image: Sequence[int] = ()) -> None:
+        self._n, self._image = n, image
         self._seen: list[_Seen] = []
         self._layouts: dict[torch.Size, bool] = {}
 
@@ -107,7 +118,7 @@ class MapFinder:
         """`channel_last`, but by the last known module with a value of that shape where this module could work on either."""
         known = _known_layout(module, is_input)
         if known is None:
-            return self._layouts.get(value.shape, channel_last(module, value, is_input))
+            return self._layouts.get(value.shape, channel_last(module, value, is_input, self._image))
         self._layouts[value.shape] = known
         return known
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .features import no_gradient
 from .logits import find_logits
+from .models import no_gradient
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 BATCH_NORM = ("batch", "running")
@@ -31,13 +31,21 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def recomputes(model: nn.Module, x: Tensor) -> bool:
-    """Whether a backward pass runs norm layers again (torch.utils.checkpoint): by then the noise is gone and gradients are wrong.
+def unfit(model: nn.Module, x: Tensor) -> str | None:
+    """Why a model's norm layers can carry no noise, or None where they can.
+
+    A backward pass that runs them again (torch.utils.checkpoint) finds the noise gone, and gradients are wrong.
 
     Args:
         model: in the modes in which it will be used; its buffers may move.
         x: images (N, ...) on its device.
     """
+    name = type(model).__name__
+    affine = {key: p.detach().clone().requires_grad_() for key, p in norm_parameters(model).items()}
+    if not affine:
+        return f"{name} has no norm layer with affine terms, to which noise is added"
+    cure = "where noise is gone; switch checkpointing off"
+    recomputes = f"{name} recomputes activations in its backward pass (torch.utils.checkpoint), {cure}"
     calls = 0
 
     def count(*_: Any) -> None:
@@ -49,19 +57,20 @@ def recomputes(model: nn.Module, x: Tensor) -> bool:
         with torch.enable_grad():
             few = x.clone().requires_grad_()
             # Not the leaf itself: a model may normalise its input in place.
-            total = find_logits(model(few * 1), len(few)).float().sum()
+            total = find_logits(functional_call(model, affine, (few * 1,)), len(few)).float().sum()
             before = calls
-            try:
-                torch.autograd.grad(total, few, allow_unused=True)
-            except RuntimeError as error:
-                return "checkpoint" in str(error).lower()  # the reentrant kind takes no autograd.grad
-            return calls > before
+            of_images, *of_norms = torch.autograd.grad(total, [few, *affine.values()], allow_unused=True)
+    except RuntimeError as error:
+        # The reentrant kind takes no autograd.grad; a model that passes no gradient at all is refused elsewhere.
+        return recomputes if "checkpoint" in str(error).lower() else None
     finally:
         for handle in handles:
             handle.remove()
-
-
-CHECKPOINTING = "recomputes activations in its backward pass (torch.utils.checkpoint), where noise is gone; switch checkpointing off"
+    if calls > before:
+        return recomputes
+    if of_images is not None and all(gradient is None for gradient in of_norms):
+        return f"{name} uses none of its norm layers when it classifies images, so noise on them changes nothing"
+    return None
 
 
 class NeuronNoise:
@@ -103,7 +112,7 @@ class NeuronNoise:
     def draw(self, generator: torch.Generator) -> None:
         """Starts anew, uniform in [-eps, eps]; drawn on the CPU, so that every device starts alike."""
         for name, d in self.noise.items():
-            start = torch.rand(d.shape, generator=generator).mul_(2 * self.eps).sub_(self.eps)
+            start = torch.rand(d.shape, generator=generator, dtype=torch.float32).mul_(2 * self.eps).sub_(self.eps)
             self.noise[name] = start.to(d).requires_grad_()
 
     def ascend(self, objective: Tensor, step: float) -> None:

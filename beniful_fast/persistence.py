@@ -123,7 +123,8 @@ def load(
 ) -> Screener:
     """See `Screener.load`."""
     from .calibration import Calibration
-    from .features import FeatureTap, unwrap
+    from .features import FeatureTap
+    from .models import unwrap
     from .scores import ClassGaussians
     from .vae import FeatureVAE, ImageVAE
 

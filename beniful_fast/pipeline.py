@@ -105,7 +105,9 @@ class Pipeline:
         if size is None and self.device.type == "cpu":
             low, high = MICRO_BATCH_LIMITS
             size = min(max(MICRO_BATCH_PIXELS // max(x[0].numel() // x.shape[1], 1), low), high)
-        return x.split(size or MICRO_BATCH_GPU)
+        parts = x.split(size or MICRO_BATCH_GPU)
+        # Of a batch of one some models squeeze the batch away.
+        return parts if len(parts) == 1 or len(parts[-1]) > 1 else [*parts[:-2], *torch.cat(parts[-2:]).tensor_split(2)]
 
     @property
     def _read(self) -> int:
@@ -121,6 +123,15 @@ class Pipeline:
 
     def _forward(self, x: Tensor) -> Raw:
         """One micro-batch: features, predictions, and what can't wait."""
+        try:
+            return self._forward_of(x)
+        except (TypeError, ValueError, IndexError, RuntimeError):
+            if len(x) != 1:
+                raise
+            # Some models squeeze a batch of one away; one that fails for another reason fails again.
+            return self._forward_of(torch.cat([x, x])).rows(torch.tensor([0], device=self.device))
+
+    def _forward_of(self, x: Tensor) -> Raw:
         x = self._prepare(x)
         again = self._consistent_by in ("image", "second forward")
         out = self._tapped(x.clone() if again else x)

@@ -23,7 +23,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     Attributes of a module that are no tensors of its state, such as a counter in Python, stay as the model leaves them.
 
     Args:
-        model: the plain module, without the wrappers that `features.unwrap` takes off.
+        model: the plain module, without the wrappers that `models.unwrap` takes off.
     """
     with _MAKING:
         lock = _LOCKS.setdefault(model, threading.RLock())

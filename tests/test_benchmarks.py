@@ -58,6 +58,7 @@ def test_the_norms_are_compared_on_any_network(monkeypatch, tmp_path):
     part = SimpleNamespace(tensors=(images, labels))
     monkeypatch.setattr(norm_comparison.zoo, "load", lambda name: loaded)
     monkeypatch.setattr(norm_comparison, "splits_of", lambda dataset: SimpleNamespace(defender=part, test=part))
+    monkeypatch.setattr("beniful_fast.removal.data.TIMES_CHANCE", 0.0)  # the network is untrained
     cells = Cells(tmp_path)
     assert len(norm_comparison.effect_rows(cells, "net", "twin")) == 4
     assert norm_comparison.prune_row(cells, "net", "real").count("|") == 8

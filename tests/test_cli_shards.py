@@ -98,3 +98,12 @@ def test_a_screener_that_fails_to_be_saved_leaves_the_old_one_alone(tmp_path: Pa
         screener_file.save(Fitted(), path, {"size": None})
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_parts_of_an_unknown_run_are_not_taken_for_ours(tmp_path: Path) -> None:
+    out = tmp_path / "r.parquet"
+    with Shards(out, {"data": "a"}, 10) as shards:
+        shards.write(0, rows(0, 3))
+        (shards.folder / "manifest.json").unlink()
+    with Shards(out, {"data": "b"}, 10) as shards:
+        assert shards.missing() == [(0, 10)]

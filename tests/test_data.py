@@ -332,3 +332,21 @@ def test_real_cifar10_and_tiny_imagenet(data_folder: Path) -> None:
     assert torch.allclose(mean, torch.tensor([0.494, 0.485, 0.450]), atol=0.02)  # the published mean of CIFAR-10
     tiny = load(data_folder / "tiny-imagenet-20", "val", size=32)
     assert {tuple(tiny[i][0].shape) for i in range(1000)} == {(3, 32, 32)}  # some are greyscale
+
+
+def test_links_are_followed_once_and_one_that_leads_nowhere_is_a_row(tmp_path: Path) -> None:
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "root"
+    for folder, names in ((elsewhere, "ab"), (root / "sub", "c")):
+        folder.mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (4, 4)).save(folder / f"{name}.png")
+    (root / "sub" / "nested").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(elsewhere)
+    found = load(root)
+    assert [found.key(i) for i in range(len(found))] == ["sub/c.png", "sub/nested/a.png", "sub/nested/b.png"]
+    (root / "sub" / "gone.png").symlink_to(tmp_path / "nowhere")
+    found = load(root, on_error="nan")
+    before = found.fingerprint()
+    assert len(found) == 4 and bool(found[1][0].isnan().all())
+    Image.new("RGB", (4, 4)).save(tmp_path / "nowhere", "png")
+    assert load(root, on_error="nan").fingerprint() != before

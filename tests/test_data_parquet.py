@@ -125,3 +125,14 @@ def test_broken_parquet_files(tmp_path: Path) -> None:
     write_parquet(path, [])
     with pytest.raises(DataError, match=r"no rows|takes encoded"):
         load(path)
+
+
+def test_the_only_column_that_can_hold_images_is_taken(tmp_path: Path) -> None:
+    array = pixels(3, 4, 4, 3)
+    pictures = [encoded(a) for a in array]
+    pq.write_table(pa.table({"number": [1, 2, 3], "picture": pictures}), tmp_path / "a.parquet")
+    check(load(tmp_path / "a.parquet"), array, [-1] * 3)
+    pq.write_table(pa.table({"picture": pictures, "thumb": pictures}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"image_column"):
+        load(tmp_path / "b.parquet")
+    check(load(tmp_path / "b.parquet", image_column="picture"), array, [-1] * 3)

@@ -366,3 +366,67 @@ def test_compiled_submodules():
     for name in ("bn2", "bn2._orig_mod"):
         for _ in range(2):
             assert torch.equal(FeatureTap(model, name)(x).joined, want)
+
+
+class Late(nn.Module):
+    """A head, and after it another Linear that the classes are not made of."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.kind = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), kind
+        self.squeeze, self.fc, self.aux = nn.Conv2d(8, 8, 1), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.large = nn.Conv2d(8, 4, 12)
+        self.sure = nn.Linear(4, 1)
+
+    def forward(self, x):
+        h = self.squeeze(self.body(x))
+        z = h.mean((2, 3))
+        if self.kind == "large":
+            return self.large(h).flatten(1)
+        out = self.fc(z)
+        if self.kind == "aux":
+            return {"out": out, "aux": self.aux(h.amax((2, 3)))}
+        if self.kind == "sure":
+            return out, self.sure(out)
+        return out.softmax(1) if self.kind == "softmax" else out * 3 if self.kind == "scaled" else out + self.aux(z).detach() * 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [("aux", "fc:input"), ("sure", "fc:input"), ("softmax", "fc:input"), ("scaled", "fc:input"), ("large", "large:input")],
+)
+def test_the_default_tap_is_before_what_gives_the_logits_whatever_runs_later(kind, layer):
+    tap = FeatureTap(seeded(Late, kind))
+    tap(images(3))
+    assert tap.layers == (layer,)
+
+
+def test_a_head_that_is_no_module_warns():
+    class Functional(Late):
+        def forward(self, x):
+            return self.squeeze(self.body(x)).mean((2, 3)) @ torch.ones(8, 4)
+
+    tap = FeatureTap(seeded(Functional, ""))
+    with pytest.warns(RuntimeWarning, match="gives its logits; tapped is the input of 'squeeze'"):
+        tap(images(3))
+
+
+def test_features_before_logits_are_not_taken_for_them():
+    class Pair(SmallNet):
+        def forward(self, x):
+            z = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))).mean((2, 3))
+            return z, self.fc(z)
+
+    net = seeded(Pair)
+    net.bn2.running_mean.fill_(0.1)
+    with pytest.raises(TypeError, match=r"those of 'fc', \(2, 4\), but not the first"):
+        FeatureTap(net)(images(3))
+
+
+def test_the_layout_of_maps_follows_the_shape_of_the_images():
+    unknown = nn.Identity()
+    assert channel_last(unknown, torch.empty(2, 8, 8, 12), False)
+    assert not channel_last(unknown, torch.empty(2, 8, 8, 12), False, (16, 24))
+    assert channel_last(unknown, torch.empty(2, 8, 12, 96), False, (32, 48))
+    assert not channel_last(unknown, torch.empty(2, 96, 8, 12), False, (32, 48))
+    assert channel_last(unknown, torch.empty(2, 3, 5, 96), False, (45, 67))

@@ -192,3 +192,24 @@ def test_images_of_several_sizes_cannot_be_kept():
     sizes = [images(60, 0, size=12), images(60, 1, size=14)]
     with pytest.raises(ValueError, match="clean: got images of 2 sizes"):
         Screener(seeded(SmallNet), layer="conv2", consistency=True).fit(sizes)
+
+
+class Squeezing(SmallNet):
+    """Drops the dimension of a batch of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).squeeze())
+
+
+def test_a_model_that_squeezes_a_batch_of_one_away() -> None:
+    plain, squeezing = (Screener(seeded(make).eval(), batch_size=8).fit(CLEAN) for make in (SmallNet, Squeezing))
+    x = images(17, seed=7)
+    torch.testing.assert_close(squeezing.screen(x).scores, plain.screen(x).scores, rtol=1e-4, atol=1e-4)
+    assert len(squeezing.screen(x[:1]).scores) == 1
+
+
+def test_a_batch_of_single_images_is_refused_not_cut() -> None:
+    screener = Screener(seeded(SmallNet).eval()).fit(CLEAN)
+    with pytest.raises(TypeError, match=r"torch\.cat"):
+        screener.screen([[x[None] for x in images(4)]])

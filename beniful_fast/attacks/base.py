@@ -117,6 +117,8 @@ class Attack:
         free[list(exclude)] = False
         may = (mask & free).nonzero().flatten()
         asked, count = round(rate * len(labels)), self._quota(rate, len(labels), len(may))
+        if rate and not asked:
+            raise ValueError(f"rate: {rate} of {len(labels)} samples is none; takes {1 / max(1, len(labels)):.2g} or more, or 0")
         if asked and not count:
             raise ValueError(
                 f"target: {self.target} leaves none of {len(labels)} samples to poison (labels {int(labels.min())} to {int(labels.max())}, "

@@ -51,7 +51,9 @@ class Shards:
 
     def _begin(self, restart: bool) -> None:
         path = self.folder / "manifest.json"
-        if restart:
+        if restart or not path.exists():
+            # Whose parts they are, only the manifest tells: it goes first, so that a kill leaves none that could be taken for ours.
+            path.unlink(missing_ok=True)
             for old in self.folder.iterdir():
                 if old.name != "lock":
                     old.unlink()

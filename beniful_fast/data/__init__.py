@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from .arrays import ArrayImages, CifarBinary, digits, from_file
-from .base import EXTENSIONS, DataError, ImageDataset, Preprocess, pair
+from .base import EXTENSIONS, DataError, ImageDataset, Preprocess, pair, walk
 from .folder import FolderImages
 from .parquet import ParquetImages
 
@@ -204,11 +204,7 @@ def _folders(path: Path) -> list[Path]:
 
 def _has_images(path: Path) -> bool:
     """Whether `FolderImages` would find an image in or below the folder."""
-    for _, folders, files in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if any(map(_is_image, files)):
-            return True
-    return False
+    return any(any(map(_is_image, files)) for _, _, files in walk(path))
 
 
 def _is_image(name: str) -> bool:

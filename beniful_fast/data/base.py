@@ -266,8 +266,25 @@ def decode(source: Any, preprocess: Preprocess) -> Tensor:
         return preprocess.from_pil(opened)
 
 
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` in sorted order, through links to folders as well, each folder once; hidden folders and files are passed over."""
+    seen: set[tuple[int, int]] = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        here = os.stat(path)
+        if (here.st_dev, here.st_ino) in seen:  # a link back to where the walk has been
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield path, folders, sorted(name for name in files if not name.startswith("."))
+
+
 def stat_identity(root: Path, names: Iterable[str]) -> Iterator[bytes]:
     """Name, size and change time of each file."""
     for name in names:
-        stat = os.stat(root / name)
-        yield f"{name} {stat.st_size} {stat.st_mtime_ns}".encode()
+        try:
+            stat = os.stat(root / name)
+        except OSError:  # a link that leads nowhere: reading it is what says so
+            yield f"{name} missing".encode()
+        else:
+            yield f"{name} {stat.st_size} {stat.st_mtime_ns}".encode()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import EXTENSIONS, DataError, ImageDataset, decode, stat_identity
+from .base import EXTENSIONS, DataError, ImageDataset, decode, stat_identity, walk
 
 
 class FolderImages(ImageDataset):
@@ -56,10 +56,9 @@ class FolderImages(ImageDataset):
                 yield name, self._below(name)
 
     def _below(self, name: str) -> Iterator[str]:
-        for folder, folders, files in os.walk(self.root / name):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for folder, _, files in walk(self.root / name):
             relative = os.path.relpath(folder, self.root)
-            yield from (os.path.join(relative, file) for file in sorted(files) if not file.startswith("."))
+            yield from (os.path.join(relative, file) for file in files)
 
     def __len__(self) -> int:
         return len(self._targets)

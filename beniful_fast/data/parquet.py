@@ -99,8 +99,13 @@ class ParquetImages(ImageDataset):
                 raise DataError(f"{file}: no column {asked!r}; it has {', '.join(schema.names)}")
         image = image or next((name for name in IMAGE_COLUMNS if name in schema.names), None)
         if image is None:
+            # By another name the only column that can hold images is meant.
+            able = [field.name for field in schema if pa.types.is_struct(field.type) or pa.types.is_binary(field.type)]
+            image = able[0] if len(able) == 1 else None
+        if image is None:
             raise DataError(
-                f"{file}: none of the columns {', '.join(schema.names)} is called {', '.join(IMAGE_COLUMNS)}; name the image column"
+                f"{file}: none of the columns {', '.join(schema.names)} is called {', '.join(IMAGE_COLUMNS)}; rename the image column, or "
+                "name it by load(..., image_column=...)"
             )
         kind = schema.field(image).type
         self._nested = pa.types.is_struct(kind)

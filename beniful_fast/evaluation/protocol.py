@@ -31,7 +31,7 @@ from .corruptions import CORRUPTIONS
 from .detectors import DETECTORS, ScreenerDetector
 from .metrics import backdoor_metrics, bootstrap_interval, conformal_fpr_interval, detection_metrics, predictions
 from .nets import NetSpec, obtain, recipe_for
-from .splits import Splits, load_splits
+from .splits import KNOWN, Splits, load_splits
 
 DEFENCES = ("combined", "mahalanobis", "remove:beniful", "remove:finetune")
 FPR = 0.05
@@ -103,6 +103,8 @@ class Evaluation:
         self.removal_options, self.traced = dict(removal_options or {}), traced
         if any("+" in attack for attack in attacks):
             raise ValueError(f"attacks: got {', '.join(attacks)}, takes one backdoor a network")
+        if splits is None and dataset not in KNOWN:
+            splits = load_splits(dataset)  # cells of other data under the same name must not be taken for theirs
         if splits is not None:
             self._check(splits)
         self.cells, self.nets_folder = Cells(Path(folder) / "cells"), Path(folder) / "nets" / f"{self.recipe.epochs}-epochs"

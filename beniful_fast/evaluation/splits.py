@@ -20,7 +20,8 @@ class Splits:
     set on them would not hold.
 
     Attributes:
-        draw: how `load_splits` drew them, "" for its defaults, by which the zoo's networks were trained; None for parts of your own.
+        draw: how `load_splits` drew them, "" for its defaults on a data set that it knows, by which the zoo's networks were trained; None
+            for data of your own, which only their values tell apart.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Splits:
 
 
 # Defender's images taken from the training split, and the split to judge on; digits has one split alone.
-_KNOWN = {"cifar10": (5000, "test"), "tiny-imagenet-20": (2500, "val"), "digits": (400, None)}
+KNOWN = {"cifar10": (5000, "test"), "tiny-imagenet-20": (2500, "val"), "digits": (400, None)}
 _DIGITS_TEST = 400
 
 
@@ -71,7 +72,7 @@ def load_splits(name: str, *, defender: int | None = None, seed: int = 0) -> Spl
         DataError: no such data set or split.
         ValueError: nothing would be left to train on.
     """
-    known, judged = _KNOWN.get(name, (None, None))
+    known, judged = KNOWN.get(name, (None, None))
     whole = _tensors(name, None if name == "digits" else "train")
     if judged is None and name != "digits":
         try:
@@ -89,14 +90,14 @@ def load_splits(name: str, *, defender: int | None = None, seed: int = 0) -> Spl
     if not 0 < count < len(order):
         raise ValueError(f"defender: got {count}, takes a number of the {len(order)} training images that leaves some")
     held, rest = order[:count], order[count:]
-    usual = known if known is not None else len(images) // 10
+    usual = "" if (seed, count) == (0, known) else f"seed {seed}, defender {count}"
     return Splits(
         name,
         TensorDataset(images[rest], labels[rest]),
         TensorDataset(images[held], labels[held]),
         test,
         int(labels.max()) + 1,
-        "" if (seed, count) == (0, usual) else f"seed {seed}, defender {count}",
+        usual if name in KNOWN else None,
     )
 
 

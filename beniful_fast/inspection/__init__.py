@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from ..batches import evenly
-from ..features import FeatureTap, copied, no_gradient, unwrap
-from ..logits import find_logits, predicted
-from ..removal.data import LEAST, read_labelled
+from ..features import FeatureTap
+from ..logits import are_probabilities, find_logits, gives_logits, predicted, unsquashed
+from ..models import copied, in_float32, is_half, no_gradient, unwrap
+from ..removal.data import LEAST, check_accuracy, read_labelled
 from ..removal.training import PRECISIONS, PREDICT_BATCH, reproducible
 from . import ban, bti_dbf, inversion, mesa
 from .frozen import fast_format
@@ -80,6 +81,7 @@ def inspect(
     Raises:
         ValueError: an unknown method or layer, no labels, a single class, too few images, or labels that the model's classes don't have.
         TypeError: no nn.Module, no images, or a model without logits.
+        RuntimeError: out of memory, or what else a method alone meets; of several the others go on, and `skipped` tells.
     """
     names = list(USUAL) if methods is None else [methods] if isinstance(methods, str) else list(dict.fromkeys(methods))
     unknown = [name for name in names if name not in METHODS]
@@ -98,15 +100,29 @@ def inspect(
     weights = [p for p in plain.parameters() if p.is_floating_point()]
     home = weights[0].device if weights else torch.device("cpu")
     place = home if device is None else torch.device(device)
-    evidence, skipped = [], {}
+    evidence, skipped, stopped = [], {}, []
+
+    def tell(row: dict[str, Any]) -> None:
+        try:
+            if progress is not None:
+                progress(row)
+        except Exception as error:
+            stopped.append(error)
+            raise
+
     with reproducible(seed, place):
         job = _prepare(plain, images, labels, place, seed, layer)
-        job.faithful, job.precision, job.progress = faithful, precision, progress
+        job.faithful, job.precision, job.progress = faithful, precision, None if progress is None else tell
         for name in names:
             try:
                 evidence.append(METHODS[name](job))
             except Skipped as reason:
                 skipped[name] = str(reason)
+            except (ValueError, RuntimeError) as error:
+                if len(names) == 1 or stopped:
+                    raise
+                # What the others find is not lost.
+                skipped[name] = f"failed with {type(error).__name__}: {error}"
     return InspectionReport.of(evidence, skipped)
 
 
@@ -119,28 +135,28 @@ def _prepare(
     layer: str | None,
 ) -> Job:
     twin = copied(model).to(device).eval().requires_grad_(False)
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters()):
-        twin = twin.float()
+    half = is_half(twin)
+    twin = twin.float() if half else twin
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     # A sorted loader would give batches, and a held-out half, of a few classes only.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     job = Job(twin, images[order], labels[order], 0, 0.0, device, dtype, seed, layer=layer)
     job.format = fast_format(twin, job.to_device(job.images[:2]))
-    with torch.no_grad():
+    with torch.no_grad(), in_float32(half):
         outputs = [job.forward(twin, job.to_device(part)) for part in evenly(job.images[:1000], PREDICT_BATCH)]
         _check_gradient(twin, job)
     logits = torch.cat(outputs)
     if not bool(logits.isfinite().all()):
         bad = int((~logits.isfinite()).any(1).sum())
         raise ValueError(f"model: gives NaN or infinite logits for {bad} of {len(logits)} clean images; check weights and pixel range")
+    if are_probabilities(logits):
+        twin.register_forward_hook(gives_logits)
+        logits = unsquashed(logits)
     job.classes = max(logits.shape[1], 2)
     if int(labels.max()) >= job.classes:
         raise ValueError(f"clean: got class {int(labels.max())}, but the model gives {job.classes} classes, 0 to {job.classes - 1}")
     job.accuracy = float((predicted(logits).cpu() == job.labels[: len(logits)]).float().mean())
-    if job.accuracy < min(2 / job.classes, 0.6):
-        raise ValueError(
-            f"clean: the model is right on {job.accuracy:.1%} of these images, hardly more than by chance; check labels and pixel range"
-        )
+    check_accuracy(job.accuracy, job.classes)
     return job
 
 

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..batches import evenly
-from ..neuron_noise import CHECKPOINTING, NeuronNoise, norm_parameters, recomputes
+from ..neuron_noise import NeuronNoise, norm_parameters, unfit
 from ..removal.stages import Taps
 from .results import BACKDOORED, CLEAN, INCONCLUSIVE, Evidence, Job, Passes, Skipped, judge
 from .shares import class_shares, confusion, entropy, evened, mad_score
@@ -116,7 +116,7 @@ def fit_mask(
         batches: rows of each step, (N,) int64.
         labels: (n,) classes on the device.
     """
-    mask = torch.rand(shape, generator=generator).to(labels.device).requires_grad_()
+    mask = torch.rand(shape, generator=generator, dtype=torch.float32).to(labels.device).requires_grad_()
     optimizer = torch.optim.Adam([mask], lr)
     for rows in batches:
         kept, rest = logits(rows, mask)
@@ -146,10 +146,8 @@ class Inspector:
     """BAN on one job: holds the images, the site and the passes counted so far."""
 
     def __init__(self, job: Job) -> None:
-        if not norm_parameters(job.model):
-            raise Skipped("the model has no norm layer with affine terms, to which BAN adds its noise")
-        if recomputes(job.model, job.to_device(job.images[:2])):
-            raise Skipped(f"the model {CHECKPOINTING}")
+        if reason := unfit(job.model, job.to_device(job.images[:2])):
+            raise Skipped(reason)
         self.job, self.passes = job, Passes()
         rows = torch.arange(len(job.labels)) if job.faithful else evened(job.labels)
         half = len(rows) // 2

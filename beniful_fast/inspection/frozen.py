@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..features import copied, no_gradient, unwrap
 from ..logits import find_logits, two_logits
+from ..models import copied, in_float32, is_half, no_gradient, unwrap
 from ..removal.data import CleanData, split
 from ..removal.training import PRECISIONS, autocast
 
 HELD_OUT, MOST_HELD_OUT = 0.2, 256
+NUMBERS_AT_ONCE = 2**21  # of images that pass a model with gradients at once
 
 
 class Frozen:
@@ -34,13 +35,14 @@ class Frozen:
         if precision not in PRECISIONS:
             raise ValueError(f"precision: got {precision!r}, takes one of {', '.join(map(repr, PRECISIONS))}")
         twin = copied(unwrap(model)).to(device).eval().requires_grad_(False)
-        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters())
+        half = is_half(twin)
         self.model = twin.float() if half else twin
         self.device, self.precision = device, precision
         self.dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
         self.format = fast_format(self.model, images.to(device, self.dtype))
         self.forward_images = len(images)
-        logits = self._probe(images)
+        with in_float32(half):
+            logits = self._probe(images)
         if not logits.requires_grad:
             raise no_gradient("images")
         if bool(logits.isnan().any()):
@@ -86,6 +88,11 @@ def fast_format(model: nn.Module, images: Tensor) -> torch.memory_format:
             # A `view` in the model may want its maps contiguous, and weights of five dimensions have no channels last.
             model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return torch.contiguous_format
+
+
+def at_once(image: Tensor, most: int) -> int:
+    """How many images like this one (C, H, W) may pass a model with gradients at once: 512 of 32 x 32 x 3, but 13 of 224 x 224 x 3."""
+    return min(most, max(8, NUMBERS_AT_ONCE // image.numel()))
 
 
 def home(model: nn.Module, device: torch.device | str | None) -> torch.device:

@@ -176,6 +176,7 @@ def _square(heat: Tensor, layer: Layer) -> Tensor:
 def replaced(model: nn.Module, layer: Layer, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within it the layer's maps are `change(maps)` in each forward pass, which is given and gives them with channels in dimension 1."""
     module, calls = dict(model.named_modules(remove_duplicate=False))[layer.module], 0
+    image: tuple[int, ...] = ()
 
     def hook(module: nn.Module, args: Any, output: Any = None) -> Any:
         nonlocal calls
@@ -186,16 +187,17 @@ def replaced(model: nn.Module, layer: Layer, change: Callable[[Tensor], Tensor])
         value = maps_of(whole)
         if value is None or (value is not whole and not (isinstance(whole, tuple) and whole[0] is value)):
             raise ValueError(f"layer: {str(layer)!r} gives {type(whole).__name__}, takes a tensor, or a tuple that starts with one")
-        last = channel_last(module, value, layer.input) and value.dim() > 2
+        last = channel_last(module, value, layer.input, image) and value.dim() > 2
         new = change(value.movedim(-1, 1) if last else value)
         new = new.movedim(1, -1) if last else new
         return new if value is whole else (new, *whole[1:])
 
-    def begin(*_: Any) -> None:
-        nonlocal calls
-        calls = 0
+    def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal calls, image
+        x = maps_of(args or kwargs)
+        calls, image = 0, () if x is None else tuple(x.shape[2:])
 
-    handles = [model.register_forward_pre_hook(begin)]
+    handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
     handles.append(module.register_forward_pre_hook(hook) if layer.input else module.register_forward_hook(hook))
     try:
         yield

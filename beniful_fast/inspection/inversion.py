@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .. import files
 from ..removal.data import CleanData
 from ..removal.training import reproducible
-from .frozen import Frozen, checked, home, pixel_range
+from .frozen import Frozen, at_once, checked, home, pixel_range
 from .results import BACKDOORED, INCONCLUSIVE, MOST_CLASSES, Evidence, Job, Skipped
 
 KIND, VERSION = "Inversion", 1
@@ -163,7 +163,8 @@ def neural_cleanse(
         classes: to search triggers for; None is all.
         steps: of each class at most; a class stops when its mask has not shrunk for 25.
         batch_size: clean images in a step, stamped once for every class.
-        max_batch: stamped images in a step; with more classes than fit the others wait their turn.
+        max_batch: stamped images in a step at most, fewer of images larger than 32 x 32; with more classes than fit the others wait their
+            turn.
         success: rate that a mask must keep, in (0, 1].
         precision: None, or "bf16" for autocast.
         seed: of the held-out split, the batches and the start; the same seed gives the same triggers on the same machine.
@@ -189,7 +190,7 @@ def neural_cleanse(
         search = _Search(net, data, wanted, batch_size, success, seed)
         queue, step = list(range(len(wanted))), 0
         active: list[int] = []
-        room = max(1, max_batch // batch_size)
+        room = max(1, at_once(data.images[0], max_batch) // batch_size)
         while active or queue:
             active, queue = active + queue[: room - len(active)], queue[room - len(active) :]
             search.step(active)
@@ -211,7 +212,7 @@ class _Search:
         self.generator = torch.Generator().manual_seed(seed)
 
         def start(channels: int, mean: float, spread: float) -> list[Tensor]:
-            noise = torch.randn(len(classes), channels, height, width, generator=self.generator)
+            noise = torch.randn(len(classes), channels, height, width, generator=self.generator, dtype=torch.float32)
             return [part.to(net.device).requires_grad_() for part in (mean + spread * noise).unbind()]
 
         self.raw_masks, self.raw_patterns = start(1, MASK_START, 0.1), start(channels, 0, 0.5)
@@ -250,7 +251,7 @@ class _Search:
         others = (y != goals[:, None]).to(losses.dtype)
         share = others / others.sum(1, keepdim=True).clamp(min=1)
         norms = masks.flatten(1).sum(1)
-        weights = torch.tensor([self.weights[i] for i in active], device=net.device)
+        weights = torch.tensor([self.weights[i] for i in active], device=net.device, dtype=torch.float32)
         loss = ((losses * share).sum(1) + weights * norms).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -318,7 +319,13 @@ def run(job: Job) -> Evidence:
     if job.images.dim() != 4:
         raise Skipped(f"a mask needs images (N, C, H, W), got {tuple(job.images.shape)}")
     found = neural_cleanse(
-        job.model, job.images, job.labels, precision=job.precision, seed=job.seed, device=job.device, progress=job.progress
+        job.model,
+        job.images,
+        job.labels,
+        precision=job.precision,
+        seed=job.seed,
+        device=job.device,
+        progress=lambda row: job.report(method="neural_cleanse", **row),
     )
     index = float(found.anomaly.nan_to_num(nan=0.0).max())
     best = next((t for t in found.triggers if t.target == found.target), min(found.triggers, key=lambda t: (t.asr < COUNTS, t.norm)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..removal.training import reproducible
-from .frozen import Frozen, checked, home, pixel_range
+from .frozen import Frozen, at_once, checked, home, pixel_range
 from .trigger_distribution import CODE, Generators, Rule, TriggerDistribution
 
 BETAS, ADAM = (0.5, 0.8, 0.9), (0.5, 0.999)
@@ -274,10 +274,10 @@ class _Fit:
             # Few samples have a gradient left: a quarter of them is asked, and counts four times.
             rows, shares = rows[torch.rand(len(rows), generator=self.random).to(rows.device) < ASKED], shares * ASKED
             with torch.no_grad():
-                for part in _parts(rows):
+                for part in _parts(rows, images[0]):
                     success[part] = self._softmax(images[part], goals[part])
             rows = rows[success[rows] < limits[rows]]
-        for part in _parts(rows):
+        for part in _parts(rows, images[0]):
             piece = images[part].requires_grad_()
             found = self._softmax(piece, goals[part])
             (gradient[part],) = torch.autograd.grad((torch.minimum(found, limits[part]) / shares[part]).sum(), piece)
@@ -350,6 +350,6 @@ class _Fit:
         return tuple(asr), tuple(confidence)
 
 
-def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+def _parts(rows: Tensor, image: Tensor) -> tuple[Tensor, ...]:
     """Rows cut for the model; none of no rows, where `split` gives an empty part."""
-    return rows.split(LARGEST) if len(rows) else ()
+    return rows.split(at_once(image, LARGEST)) if len(rows) else ()

@@ -165,6 +165,8 @@ def fit_conv_vae(
     if not (lr > 0 and math.isfinite(lr)) or not (beta >= 0 and math.isfinite(beta)):
         raise ValueError(f"lr, beta: got {lr}, {beta}, takes lr > 0 and beta >= 0")
     x = images.detach() if isinstance(images, Tensor) else read_images(images, "images")
+    if x is None:
+        raise ValueError("images: got no images; the loader or dataset is empty")
     check_images(x, "images")
     if x.dim() != 4 or len(x) < MINIMUM:
         raise ValueError(f"images: got shape {tuple(x.shape)}, takes (N, C, H, W) with at least {MINIMUM} images")

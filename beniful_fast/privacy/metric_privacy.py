@@ -41,6 +41,9 @@ class MetricPrivacy:
         seed: None, the default, draws from the system's entropy. With a known seed the noise can be subtracted and NOTHING is guaranteed:
             a seed is for tests and for reproducing a measurement.
 
+    A copy (pickled, forked or deep-copied, as for worker processes) draws noise of its own, and counts its own releases from there on: what
+    several copies released of the same records has to be added up.
+
     Raises:
         ValueError: `eps` or `clip` is not a positive finite number.
     """
@@ -50,8 +53,25 @@ class MetricPrivacy:
         self.eps, self.clip = self.accountant.eps, self.accountant.clip
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0):
             raise ValueError(f"seed: got {seed!r}, takes a whole number from 0 on, or None for the system's entropy")
-        self._entropy = secrets.randbits(128) if seed is None else int(seed)
+        self._begin(seed)
+
+    def _begin(self, seed: int | None = None) -> None:
+        self._entropy, self._process = secrets.randbits(128) if seed is None else int(seed), os.getpid()
         self._generator = np.random.default_rng(np.random.SeedSequence(self._entropy))
+
+    def _own(self) -> None:
+        """Fresh entropy in a forked process: noise drawn there and here would be the same, and cancel."""
+        if not self.accountant.seeded and self._process != os.getpid():
+            self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        hidden = () if self.accountant.seeded else ("_entropy", "_generator")
+        return {name: value for name, value in self.__dict__.items() if name not in hidden}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not self.accountant.seeded:
+            self._begin()
 
     @classmethod
     def for_ratio(
@@ -100,6 +120,7 @@ class MetricPrivacy:
         """
         if n < 0 or k < 1:
             raise ValueError(f"n, k: got {n}, {k}, takes n >= 0 rows of k >= 1 dimensions")
+        self._own()
         return torch.from_numpy(self._draw(self._generator, n, k)).float()
 
     def perturb(self, codes: Tensor) -> Tensor:
@@ -108,6 +129,7 @@ class MetricPrivacy:
         Raises:
             ValueError: no (n, k) codes, NaN or infinite ones, or an eps so small that float32 does not hold its noise.
         """
+        self._own()
         z = self._clipped(codes)[0]
         z += torch.from_numpy(self._draw(self._generator, *z.shape))
         self.accountant.spend(None)
@@ -124,6 +146,7 @@ class MetricPrivacy:
         """
         if first_row < 0:
             raise ValueError(f"first_row: got {first_row}, takes a row number from 0 on")
+        self._own()
         z, norms, clipped = self._clipped(codes)
         last_row = first_row + len(z)
         key = np.random.SeedSequence(self._entropy, spawn_key=(self.accountant.releases,)).generate_state(2, np.uint64)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..features import FeatureTap, copied, unwrap
-from ..logits import predicted
+from ..features import FeatureTap
+from ..logits import are_probabilities, gives_logits, predicted, unsquashed
+from ..models import copied, in_float32, is_half, unwrap
 from . import ban, beniful, fine_pruning, finetune, linf_pruning, mesa, nad
-from .data import read_images, read_labelled, split
+from .data import check_accuracy, read_images, read_labelled, split
 from .results import WEIGHTS_MOVED, RemovalResult, figures_moved, weight_change
 from .training import Job, Recipe, reproducible
 
@@ -32,6 +33,7 @@ METHODS: dict[str, tuple[type[Recipe], Callable[[Job, Any], None]]] = {
     "fine_pruning": (fine_pruning.Options, fine_pruning.run),
     "nad": (nad.Options, nad.run),
 }
+CHECKED = 1000  # clean images that show whether the model knows them
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
@@ -60,8 +62,8 @@ def remove(
             (pruning by the l-infinity norm under an inverted trigger, arXiv 2002.12162), "mesa" (retraining with triggers drawn from a
             learnt distribution, arXiv 1910.04749), or a baseline: "finetune", "fine_pruning"
             (arXiv 1805.12185), "nad" (arXiv 2101.05930).
-        suspicious: unlabelled images that a Screener flagged, as a tensor, Dataset or DataLoader; false positives among them do little
-            harm. Used by "beniful".
+        suspicious: images that a Screener flagged, as a tensor, Dataset or DataLoader; labels are passed over, and false positives among
+            them do little harm. Used by "beniful".
         layer: where "beniful" and "nad" take features, and what "fine_pruning" and "linf" prune: a module's name or several, as in
             `FeatureTap`; None finds the last stages.
         evaluate: called with the model before and after (each time a copy in eval mode); gives figures such as {"ACC": .., "ASR": ..}.
@@ -75,7 +77,8 @@ def remove(
         `RemovalResult`, its model on the caller's device, in his dtypes and modes.
 
     Raises:
-        ValueError: an unknown method, option or layer (near matches are named), no labels, one class, too few images.
+        ValueError: an unknown method, option or layer (near matches are named), no labels, one class, too few images, or images that the
+            model gets wrong.
         TypeError: no nn.Module, no images, or a model without logits.
         RuntimeError: the loss became infinite.
     """
@@ -111,7 +114,10 @@ def remove(
             job.judge = partial(_figures, curve)
         if plain is not model:
             job.notes.append(f"the result is the plain module inside {type(model).__name__}")
-        _check_classes(job, labels)
+        with in_float32(is_half(plain)):
+            _check_answers(job, labels)
+        if suspicious is not None and flagged is None:
+            job.notes.append("suspicious: holds no image, so clean ones alone are used")
         if flagged is not None and method != "beniful":
             job.notes.append(f"suspicious inputs are not used by method {method!r}")
         accuracy = job.accuracy(frozen)
@@ -138,7 +144,7 @@ def _working_copy(model: nn.Module, device: torch.device) -> nn.Module:
     twin = copied(model).to(device)
     for p in twin.parameters():
         p.requires_grad_(p.is_floating_point())
-    return twin.float() if any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters()) else twin
+    return twin.float() if is_half(twin) else twin
 
 
 def _like(student: nn.Module, model: nn.Module, home: torch.device) -> nn.Module:
@@ -156,7 +162,10 @@ def _figures(evaluate: Evaluate | None, model: nn.Module) -> dict[str, float]:
     device = next(model.parameters()).device
     # What it draws must not change the weights either.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        figures = evaluate(copied(model).eval())
+        twin = copied(model).eval()
+        for key in [key for key, hook in twin._forward_hooks.items() if hook is gives_logits]:
+            del twin._forward_hooks[key]  # the caller's model gives probabilities
+        figures = evaluate(twin)
     if not isinstance(figures, Mapping):
         raise TypeError(f"evaluate: returned {type(figures).__name__}, takes a function that gives a mapping of names to numbers")
     return {str(name): float(value) for name, value in figures.items()}
@@ -174,11 +183,19 @@ def _memory_format(job: Job) -> torch.memory_format:
     return torch.channels_last
 
 
-def _check_classes(job: Job, labels: torch.Tensor) -> None:
-    logits = job.outputs(job.frozen, job.data.held_images[:2])
+def _check_answers(job: Job, labels: torch.Tensor) -> None:
+    """Refuses clean images that are not what the model knows, and has both copies give logits where they give probabilities."""
+    some, classes_of_some = job.data.images[:CHECKED], job.data.labels[:CHECKED]
+    logits = job.outputs(job.frozen, some)
     classes = max(logits.shape[1], 2)
     if int(labels.max()) >= classes:
         raise ValueError(f"clean: got class {int(labels.max())}, but the model gives {classes} classes, 0 to {classes - 1}")
+    if are_probabilities(logits):
+        for copy in (job.student, job.frozen):
+            copy.register_forward_hook(gives_logits)
+        logits = unsquashed(logits)
+        job.notes.append("the model gives probabilities: its losses are taken of their logits")
+    check_accuracy(float((predicted(logits).cpu() == classes_of_some).float().mean()), classes)
     missing = classes - len(labels.unique())
     if missing:
         job.notes.append(f"{missing} of {classes} classes have no clean image: the repaired model may forget them")

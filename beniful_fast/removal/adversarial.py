@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..features import no_gradient
+from ..models import no_gradient
 
 
 class Perturbation:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from ..batches import evenly
-from ..features import copied
-from ..neuron_noise import CHECKPOINTING, NeuronNoise, recomputes
+from ..models import copied
+from ..neuron_noise import NeuronNoise, unfit
 from .training import PREDICT_BATCH, Job, Recipe, check_at_least_0, train
 
 
@@ -46,10 +46,10 @@ def run(job: Job, options: Options) -> None:
     """Trains the student on CE(f(x)) + noise_weight CE(f(x; d*)), d* anew for each batch; BatchNorm's statistics follow f(x) alone.
 
     Raises:
-        ValueError: the model has no norm layer with affine terms, or recomputes activations in its backward pass.
+        ValueError: the model runs no norm layer with affine terms, or recomputes activations in its backward pass.
     """
-    if recomputes(copied(job.student).train(), job.to_device(job.data.images[:8])):
-        raise ValueError(f"model: {CHECKPOINTING}")
+    if reason := unfit(copied(job.student).train(), job.to_device(job.data.images[:8])):
+        raise ValueError(f"model: {reason}")
     noise = NeuronNoise(job.student, eps=options.eps, projection=options.projection)
     generator = torch.Generator().manual_seed(job.seed)
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..batches import batches
+from ..batches import batches, collate
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 READ_BATCH = 512
 LEAST = 20
+TIMES_CHANCE, ENOUGH = 2.0, 0.6  # the accuracy that a model needs: so many times that of guessing, or this
 
 
 @dataclass
@@ -52,7 +54,7 @@ def _pairs(data: Any, name: str) -> Iterable[Any]:
         if not isinstance(data, IterableDataset) and not len(data):  # type: ignore[arg-type]
             return []
         # With a generator of its own: a loader would draw its seed from the global one.
-        return DataLoader(data, batch_size=READ_BATCH, generator=torch.Generator())
+        return DataLoader(data, batch_size=READ_BATCH, generator=torch.Generator(), collate_fn=partial(collate, name=name))
     return data
 
 
@@ -109,12 +111,26 @@ def read_labelled(data: Any, name: str = "clean") -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def read_images(data: Any, name: str) -> Tensor:
-    """All images (N, ...) on the CPU, labels passed over; without any, an error."""
-    images = [x.detach().cpu() for x, _ in batches(data, name, READ_BATCH, keyed=False)]
-    if not images:
-        raise ValueError(f"{name}: got no images; the loader, dataset or tensor is empty")
-    return torch.cat(images)
+def read_images(data: Any, name: str) -> Tensor | None:
+    """All images (N, ...) on the CPU, labels passed over; None without any."""
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        images, labels = data
+        data = images if images.is_floating_point() and not labels.is_floating_point() else data
+    parts = [x.detach().cpu() for x, _ in batches(data, name, READ_BATCH, keyed=False)]
+    return torch.cat(parts) if parts else None
+
+
+def check_accuracy(accuracy: float, classes: int) -> None:
+    """Refuses clean images that the model gets wrong: either are not what they are taken for.
+
+    Raises:
+        ValueError: it is right on hardly more of them than by chance.
+    """
+    if accuracy < min(TIMES_CHANCE / classes, ENOUGH):
+        raise ValueError(
+            f"clean: the model is right on {accuracy:.1%} of these images, hardly more than by chance; check labels and pixel range, "
+            "and that its logits are the first it returns"
+        )
 
 
 def split(images: Tensor, labels: Tensor, held_out: float, seed: int) -> CleanData:

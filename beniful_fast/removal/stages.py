@@ -35,9 +35,16 @@ class Taps:
         self._tap = FeatureTap(model, layers)
         self._found: dict[str, tuple[Tensor, bool]] = {}
         self._calls: dict[str, int] = {}
+        self._image: tuple[int, ...] = ()
         self._handles: list[Any] = []
 
     def __enter__(self) -> Taps:
+        def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
+            # Passes whose maps nobody took must not count as calls of this one.
+            self._found, self._calls, x = {}, {}, maps_of(args or kwargs)
+            self._image = () if x is None else tuple(x.shape[2:])
+
+        self._handles.append(self._tap.model.register_forward_pre_hook(begin, with_kwargs=True))
         for layer in self._tap._layers:
             module = self._tap._modules[layer.module]
 
@@ -47,7 +54,7 @@ class Taps:
                 value = maps_of((args or kwargs) if layer.input else output)
                 if value is not None and layer.call in (None, self._calls[name]):
                     # A ReLU in place behind this hook would overwrite the map, and its gradient with it.
-                    self._found[name] = value.clone(), channel_last(module, value, layer.input)
+                    self._found[name] = value.clone(), channel_last(module, value, layer.input, self._image)
 
             register = module.register_forward_pre_hook if layer.input else module.register_forward_hook
             self._handles.append(register(take, with_kwargs=True))
@@ -88,18 +95,17 @@ def pooled(value: Tensor, last: bool = False) -> Tensor:
 
 
 @contextmanager
-def _recorded(model: nn.Module, rows: list[tuple[str, nn.Module, tuple[int, ...]]], n: int) -> Iterator[None]:
-    handles = []
+def _recorded(model: nn.Module, rows: list[tuple[str, nn.Module, tuple[int, ...]]], x: Tensor) -> Iterator[None]:
+    handles, image = [], tuple(x.shape[2:])
     for name, module in model.named_modules():
         if not name:
             continue
 
         def note(module: nn.Module, _: Any, output: Any, *, name: str = name) -> None:
             value = maps_of(output)
-            if value is not None and value.is_floating_point() and value.dim() >= 3 and value.shape[0] == n:
-                rows.append(
-                    (name, module, tuple(value.movedim(-1, 1).shape[1:] if channel_last(module, value, False) else value.shape[1:]))
-                )
+            if value is not None and value.is_floating_point() and value.dim() >= 3 and value.shape[0] == len(x):
+                last = channel_last(module, value, False, image)
+                rows.append((name, module, tuple(value.movedim(-1, 1).shape[1:] if last else value.shape[1:])))
 
         handles.append(module.register_forward_hook(note))
     try:
@@ -121,7 +127,7 @@ def find_stages(model: nn.Module, x: Tensor) -> list[str]:
     tap = FeatureTap(model)
     head = tap.resolve(x)[0]
     rows: list[tuple[str, nn.Module, tuple[int, ...]]] = []
-    with tap.quiet(), _recorded(model, rows, len(x)):
+    with tap.quiet(), _recorded(model, rows, x):
         model(x)
     calls: dict[str, int] = {}
     for name, _, _ in rows:

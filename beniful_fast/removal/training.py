@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..augment import crop_and_flip
 from ..batches import evenly
-from ..features import no_gradient
 from ..logits import find_logits, predicted
+from ..models import no_gradient
 from .data import CleanData
 
 PRECISIONS = {None: None, "bf16": torch.bfloat16}
@@ -303,7 +305,7 @@ def train(
 
 @contextmanager
 def reproducible(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds what modules draw themselves (dropout) and leaves the caller's random, grad and autocast state alone."""
+    """Seeds what modules and data sets draw (dropout, augmentation) and leaves the caller's random, grad and autocast state alone."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -311,6 +313,11 @@ def reproducible(seed: int, device: torch.device) -> Iterator[None]:
         cuda = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         torch.default_generator.manual_seed(seed)
+        # The global states, which data sets draw from.
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
         if cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)

@@ -433,3 +433,10 @@ def test_making_input_aware_draws_on_nobodys_random_state(monkeypatch: pytest.Mo
     one, two = InputAware(seed=5, width=4).state(), InputAware(seed=5, width=4).state()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_rate_that_poisons_nothing_is_refused() -> None:
+    data = TensorDataset(torch.rand(60, 3, 8, 8), torch.arange(60) % 4)
+    with pytest.raises(ValueError, match=r"rate: 0\.005 of 60 samples is none"):
+        ATTACKS["badnets"](target=0, seed=0).poison(data, 0.005)
+    assert not ATTACKS["badnets"](target=0, seed=0).poison(data, 0.0).poisoned_indices

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -262,3 +264,16 @@ def test_parts_drawn_otherwise_are_told_apart(digits: Splits) -> None:
         Evaluation("digits", ["badnets"], ["norm"], splits=parts, **settings).plan()[0].name for parts in (None, usual, other, fewer, own)
     }
     assert len(names) == 4
+
+
+def test_other_data_under_the_same_name_have_cells_of_their_own(tmp_path, monkeypatch) -> None:
+    names = []
+    for seed in range(2):
+        generator = np.random.default_rng(seed)
+        for i in range(60):
+            file = tmp_path / str(seed) / "mine" / ("test" if i < 20 else "train") / f"class{i % 4}" / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+        monkeypatch.setenv("BENIFUL_DATA", str(tmp_path / str(seed)))
+        names.append([cell.name for cell in Evaluation("mine", ["badnets"], ["norm"], clean_images=4, judged=10, epochs=1).plan()])
+    assert not set(names[0]) & set(names[1])

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from beniful_fast import inspection
 from beniful_fast.inspection import METHODS, Evidence, InspectionReport, Skipped, ban, inspect
+from beniful_fast.inspection.frozen import at_once
 from beniful_fast.inspection.results import Job, judge
 
 from .. import third_party
@@ -229,3 +230,66 @@ def test_real_networks(name: str, verdict: str, target: int | None, data_folder:
     report = inspection.inspect(model, (x[:2500], y[:2500]), methods="ban")
     assert (report.verdict, report.target) == (verdict, target) and report.confidence > 0
     assert bed.equal(before, bed.state(model))
+
+
+class Aux(nn.Module):
+    """Norm layers in an auxiliary head alone, which runs in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
+        self.aux = nn.Sequential(nn.BatchNorm2d(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        h = self.conv(x).relu()
+        out = self.fc(h.mean((2, 3)))
+        return (out, self.aux(h)) if self.training else out
+
+
+def test_norm_layers_that_do_not_run_skip_ban_alone() -> None:
+    net = seeded(Aux).eval()
+    report = inspect(net, bed.labelled(net, net.fc), methods=["ban", "neural_cleanse"])
+    assert [e.method for e in report.evidence] == ["neural_cleanse"]
+    assert "uses none of its norm layers" in report.skipped["ban"]
+
+
+def test_what_one_method_meets_does_not_lose_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(job: Job) -> Evidence:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(METHODS, "ban", fails)
+    net = seeded(SmallNet).eval()
+    clean = bed.labelled(net, net.fc)
+    report = inspect(net, clean, methods=["ban", "neural_cleanse"])
+    assert len(report.evidence) == 1 and report.skipped == {"ban": "failed with RuntimeError: out of memory"}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        inspect(net, clean, methods="ban")
+
+    def stop(row: dict[str, object]) -> None:
+        raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        inspect(net, clean, methods=["ban", "neural_cleanse"], progress=stop)
+
+
+def test_another_default_dtype_changes_nothing() -> None:
+    net = seeded(SmallNet).eval()
+    clean = bed.labelled(net, net.fc)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert len(inspect(net, clean, methods=["ban", "neural_cleanse", "mesa"]).evidence) >= 2
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_that_ends_in_a_softmax_is_inspected_by_its_logits() -> None:
+    net = seeded(SmallNet).eval()
+    clean = bed.labelled(net, net.fc)
+    plain, squashed = (inspect(model, clean, methods="neural_cleanse").evidence[0] for model in (net, nn.Sequential(net, nn.Softmax(1))))
+    assert squashed.statistics["norm"] == pytest.approx(plain.statistics["norm"], rel=1e-2)
+
+
+def test_large_images_pass_a_few_at_a_time() -> None:
+    assert at_once(torch.empty(3, 32, 32), 512) == 512
+    assert at_once(torch.empty(3, 224, 224), 512) == 13
+    assert at_once(torch.empty(3, 2000, 2000), 512) == 8

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import os
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,3 +209,26 @@ def test_nothing_is_drawn_or_spent_by_a_failure() -> None:
         mechanism.perturb(torch.full((2, 2), math.inf))
     assert mechanism.accountant.releases == 0
     assert torch.equal(mechanism.noise(2, 2), MetricPrivacy(1.0, seed=0).noise(2, 2))
+
+
+def _noise_of(privacy: MetricPrivacy) -> torch.Tensor:
+    return privacy.perturb_rows(torch.zeros(4, 8), 0).codes
+
+
+def test_copies_draw_noise_of_their_own() -> None:
+    privacy, seeded = MetricPrivacy(1.0), MetricPrivacy(1.0, seed=0)
+    for twin in (copy.deepcopy(privacy), pickle.loads(pickle.dumps(privacy))):
+        assert not torch.equal(_noise_of(privacy), _noise_of(twin)) and not torch.equal(privacy.noise(2, 8), twin.noise(2, 8))
+    assert torch.equal(_noise_of(seeded), _noise_of(pickle.loads(pickle.dumps(seeded))))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_forked_process_draws_noise_of_its_own(tmp_path: Path) -> None:
+    privacy = MetricPrivacy(1.0)
+    child = os.fork()
+    if not child:
+        np.save(tmp_path / "child.npy", _noise_of(privacy).numpy())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not np.array_equal(np.load(tmp_path / "child.npy"), _noise_of(privacy).numpy())
