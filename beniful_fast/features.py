@@ -399,4 +399,4 @@ class FeatureTap:
         return module.register_forward_pre_hook(hook) if layer.input else module.register_forward_hook(hook)
 
     def __repr__(self) -> str:
-        return f"FeatureTap({type(self.model).__name__}, {', '.join(self.layers) or 'the input of the last Linear'})"
+        return f"FeatureTap({type(self.model).__name__}, {', '.join(self.layers) or 'the input of the layer that gives the logits'})"

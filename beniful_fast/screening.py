@@ -44,7 +44,7 @@ class Screener(Pipeline):
     Args:
         model: any nn.Module image classifier that takes a batch and returns logits (or a dict, ModelOutput or tuple with them). It runs
             in eval mode without gradients and is left bit-identical.
-        layer: a module's name, several, or None for the input of the last Linear or 1x1 convolution called; see `FeatureTap`.
+        layer: a module's name, several, or None for the input of the layer that gives the logits; see `FeatureTap`.
         reconstruct: "features" (d over the feature), or "images" (the decoder rebuilds the image from the feature, d is the mean squared
             image error, consistency asks the model for the rebuilt image's class: a second forward pass).
         fpr: asked false-positive rate.
@@ -252,7 +252,7 @@ class Screener(Pipeline):
 
     @property
     def layer(self) -> str:
-        return "+".join(self._tap.layers) or "the input of the last Linear or 1x1 convolution (found by the first pass)"
+        return "+".join(self._tap.layers) or "the input of the layer that gives the logits (found by the first pass)"
 
     @property
     def layers(self) -> tuple[str, ...]:

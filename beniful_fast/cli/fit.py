@@ -24,7 +24,7 @@ def fit(
     channels: o.ChannelsOption = None,
     layer: Annotated[
         list[str] | None,
-        typer.Option("--layer", help="A module's name; may be given several times. Default: the input of the last Linear."),
+        typer.Option("--layer", help="A module's name; may be given several times. Default: the input of the layer that gives the logits."),
     ] = None,
     fpr: Annotated[float, typer.Option("--fpr", min=0, max=1, help="Share of clean images that may be flagged.")] = 0.05,
     reconstruct: Annotated[

@@ -126,7 +126,7 @@ class SpectralSignature(Detector):
     Inputs with NaN or infinite features are left out of the directions and score NaN.
 
     Args:
-        layer: of the features; None is the input of the last Linear or 1x1 convolution, which is the paper's choice and the Screener's.
+        layer: of the features; None is the input of the layer that gives the logits, which is the paper's choice and the Screener's.
         seed, batch_size: see `Detector`; nothing is drawn.
     """
 
