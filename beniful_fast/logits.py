@@ -38,9 +38,6 @@ def find_logits(output: Any, n: int) -> Tensor:
         TypeError: there are none.
     """
 
-    def usable(value: Any) -> Tensor | None:
-        return _rows(value, n)
-
     def fail(what: str) -> TypeError:
         takes = "a tensor (N, classes), a dict or an object with `logits`, or a tuple that holds them"
         return TypeError(
@@ -48,24 +45,24 @@ def find_logits(output: Any, n: int) -> Tensor:
         )
 
     if isinstance(output, Tensor):
-        found = usable(output)
+        found = _rows(output, n)
         if found is None:
             raise fail(f"a {output.dtype} tensor of shape {tuple(output.shape)}")
         return found
     if isinstance(output, Mapping):
         for key in _LOGITS:
-            if key in output and (found := usable(output[key])) is not None:
+            if key in output and (found := _rows(output[key], n)) is not None:
                 return found
-        many = [found for value in output.values() if (found := usable(value)) is not None]
+        many = [found for value in output.values() if (found := _rows(value, n)) is not None]
         if len(many) == 1:
             return many[0]
         raise fail(f"a {type(output).__name__} with keys {sorted(map(str, output))}")
-    if (found := usable(getattr(output, "logits", None))) is not None:
+    if (found := _rows(getattr(output, "logits", None), n)) is not None:
         return found
     if isinstance(output, Sequence):
         # A loss comes before the logits in some tuples; it has no rows.
         for value in output:
-            if (found := usable(value)) is not None:
+            if (found := _rows(value, n)) is not None:
                 return found
     raise fail(f"a {type(output).__name__}")
 
