@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Most of their time is compilation, so they share the processors where xdist is installed.
+GPU_TESTS = $(PYTHON) -m pytest -q $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && printf -- '-n auto --maxprocesses 12 --dist loadgroup') tests/gpu tests/kernels \
+  --ignore tests/kernels/test_interpreted.py --ignore tests/kernels/test_compiled.py
 NATIVE := $(shell find csrc kernels -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test lint typecheck bench bench-compare gpu check-tools clean help
@@ -12,7 +15,7 @@ help:
 	@echo "make lint | typecheck         ruff | mypy"
 	@echo "make bench                    ratio tables of every op, JSON into benchmarks/results/"
 	@echo "make bench-compare BASE=REV   this tree against another revision with one harness"
-	@echo "make gpu                      on a CUDA machine, no downloads: build, GPU tests, GPU benchmarks (ONLY=build|test|bench|<case>)"
+	@echo "make gpu                      on a CUDA machine, no downloads: build, GPU tests, GPU benchmarks (ONLY=build|test|bench|<case> OUT=folder)"
 	@echo "make clean                    remove the build and the virtual environment"
 
 demo: $(VENV)/.ready
@@ -35,18 +38,20 @@ bench-compare: $(VENV)/.ready
 	@test -n "$(BASE)" || { echo "bench-compare: name the base, for example: make bench-compare BASE=HEAD~1" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.compare_revisions "$(BASE)"
 
-# With the machine's own Python and packages: such machines often reach no registry.
+# With the machine's own Python and packages: such machines often reach no registry. A failing test does not cost the figures: both run,
+# and the status is the tests'. What needs no GPU (interpreter, offline compilation, CPU ops) is `make test`'s.
 gpu:
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "gpu: '$(PYTHON)' has no torch that sees a CUDA device" >&2; exit 2; }
 ifneq ($(filter-out test bench,$(or $(ONLY),all)),)
 	BENIFUL_REQUIRE_NATIVE=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 endif
-ifneq ($(filter all test,$(or $(ONLY),all)),)
-	$(PYTHON) -m pytest -q tests/gpu tests/kernels tests/ops
-endif
-ifneq ($(filter-out build test,$(or $(ONLY),all)),)
-	$(if $(filter all bench,$(or $(ONLY),all)),ONLY= ,)$(PYTHON) -m benchmarks.gpu
-endif
+	@$(PYTHON) -c 'import beniful_fast as bf; ok, why = bf.backends()["cuda"]; assert ok, why'
+	@status=0; \
+	case "$(or $(ONLY),all)" in all|test) $(GPU_TESTS) || status=$$? ;; esac; \
+	case "$(or $(ONLY),all)" in build|test) ;; \
+	  all|bench) ONLY= $(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT)) || status=$$? ;; \
+	  *) $(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT)) || status=$$? ;; esac; \
+	exit $$status
 
 check-tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \

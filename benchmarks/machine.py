@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,19 +33,22 @@ def _gpus() -> list[dict[str, Any]]:
         pynvml.nvmlInit()
     except Exception:  # no library or no driver: no GPU to describe
         return []
-    gpus = []
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        gpus.append(
-            {
-                "name": pynvml.nvmlDeviceGetName(handle),
-                "driver": pynvml.nvmlSystemGetDriverVersion(),
-                "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-                "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-                "throttle_reasons": pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
-            }
-        )
-    return gpus
+    fields: dict[str, Callable[[Any], Any]] = {
+        "name": pynvml.nvmlDeviceGetName,
+        "driver": lambda _: pynvml.nvmlSystemGetDriverVersion(),
+        "sm_clock_mhz": lambda handle: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "memory_clock_mhz": lambda handle: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+        "throttle_reasons": pynvml.nvmlDeviceGetCurrentClocksEventReasons,
+    }
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    return [{name: _told(ask, handle) for name, ask in fields.items()} for handle in handles]
+
+
+def _told(ask: Callable[[Any], Any], handle: Any) -> Any:
+    try:
+        return ask(handle)
+    except Exception as error:  # virtual machines withhold some of it
+        return str(error)
 
 
 def describe() -> dict[str, Any]:

@@ -19,7 +19,9 @@ def preferences(result: dict[str, dict[str, dict]]) -> dict[str, str]:
     for case in result["cases"].values():
         for name in ("cuda", "triton"):
             if name in case["candidates"]:
-                times.setdefault(case["key"], {}).setdefault(name, []).append(case["candidates"][name]["median"])
+                times.setdefault(case["key"], {}).setdefault(name, []).append(
+                    case["candidates"][name].get("median", math.inf)
+                )  # failed: never preferred
     complete = {key: sides for key, sides in times.items() if len({len(values) for values in sides.values()}) == 1}
     return {key: min(sides, key=lambda name: math.prod(sides[name])) for key, sides in complete.items()}
 

@@ -2,110 +2,195 @@
 
     python -m benchmarks.tune [--family distance ...] [--out FILE]
 
-Needs a CUDA device; leaves its clocks alone. Every candidate's result is compared with the reference before its time counts. Entries of
-other devices in the table are kept.
+Needs a CUDA device; leaves its clocks alone. Every candidate's result is compared with the reference before its time counts. The table is
+written after every key, so a run that was stopped goes on with the families that are left. Entries of other devices are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
+import math
+import multiprocessing
+import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from beniful_fast.kernels import configs
+from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Several input sets in turn, so that no candidate reads what the last one left in L2.
-BYTES = 1 << 30
-ROUNDS = 30
+from beniful_fast.ops import reference
+from beniful_fast.ops.schemas import KIND_CODES
+from beniful_fast.results import replacing
+
+from .cases import Place
+
+# What is measured, and the entries that it rules: both halves move, convert and multiply at one rate.
+DTYPES = {torch.float32: (torch.float32,), torch.bfloat16: (torch.bfloat16, torch.float16)}
+# Of a case's main tensor: many times any L2, and the GPU takes longer for a call than Python for the next launch.
+BYTES = 1 << 29
+# Enough to launch the same binaries.
+FEW_BYTES = 1 << 24
+INPUTS = 2
+ROUNDS = 7
+BATCH_SECONDS = 0.01
 # A candidate replaces the default only if it wins by more than two runs of one version differ.
 LEAST_GAIN = 0.03
 
-Call = tuple[Callable[..., Any], tuple[Any, ...]]
-Case = tuple[str, torch.dtype, int, list[Call], Callable[..., Any], list[dict[str, int]]]
+Sizes = dict[str, int]
 
 
-def _grid(**choices: tuple[int, ...]) -> list[dict[str, int]]:
-    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+def _sizes(names: str, *lines: str) -> list[Sizes]:
+    return [dict(zip(names.split(), map(int, row.split()), strict=True)) for line in lines for row in line.split(",")]
 
 
-TILES = _grid(block=(1024, 2048, 4096, 8192), warps=(4, 8))
-VAE_TILES = _grid(rows=(64, 128), features=(32, 64), hidden=(64, 128, 256), outputs=(64, 128), warps=(4, 8), stages=(2, 3))
-VAE_FLOAT_TILES = _grid(rows=(32, 64), features=(16, 32), hidden=(32, 64), outputs=(32, 64), warps=(4, 8), stages=(2, 3))
-LAST_TILES = _grid(rows=(64, 128), outputs=(64, 128, 256), hidden=(32, 64), warps=(4, 8), stages=(3, 4))
+# Chosen by compiling a few dozen a family with Triton 3.6 for sm_90 at the sizes of `cases`: of those without spills and within 232,448
+# bytes of shared memory, the neighbours of the default, then one each of the other ways to share out registers and shared memory. (Of the
+# statistics' tiles, eight elements a thread spill 16 bytes for one case, where the compiler aims at 32 registers; they are neighbours.)
+ROW_TILES = _sizes("block warps", "1024 2, 1024 4, 2048 8, 4096 4, 4096 8, 4096 16, 8192 16")
+STATS_TILES = _sizes("block warps", "1024 2, 1024 4, 2048 2, 2048 8, 4096 4, 4096 8, 8192 8")
+VAE = "rows features hidden outputs warps stages"
+LAST = "rows outputs hidden warps stages"
+CANDIDATES = {
+    "vae_half": _sizes(
+        VAE,
+        "128 64 128 64 8 2, 128 64 128 64 8 4, 128 64 128 128 8 3, 128 32 128 64 8 3, 128 128 128 64 8 2",
+        "128 64 256 64 8 2, 64 64 128 64 4 3, 64 64 128 64 8 3, 64 64 256 128 8 2",
+    ),
+    "vae_float": _sizes(
+        VAE,
+        "64 32 64 32 8 3, 64 32 64 32 4 2, 64 32 64 32 4 3, 64 16 64 32 8 3, 64 32 32 32 8 3",
+        "64 32 32 64 8 3, 64 32 32 64 4 3, 128 32 64 32 8 2, 128 32 32 64 8 2",
+    ),
+    "vae_last_half": _sizes(
+        LAST,
+        "128 128 64 8 2, 128 128 64 8 4, 128 128 32 8 4, 128 128 128 8 2, 128 64 64 8 4",
+        "128 256 64 8 3, 128 256 32 8 4, 64 128 64 4 4, 64 256 64 4 3",
+    ),
+    "vae_last_float": _sizes(
+        LAST,
+        "128 64 32 8 2, 128 64 32 8 4, 128 64 16 8 4, 128 64 64 8 2, 128 32 64 8 3",
+        "64 64 32 4 4, 64 64 64 8 3, 64 128 32 8 3, 64 128 32 4 3",
+    ),
+    **dict.fromkeys(("distance", "distance_backward", "loss"), ROW_TILES),
+    **dict.fromkeys(("stats_planes", "stats_rows"), STATS_TILES),
+}
 
 
-def _sets(bytes_each: int, make: Callable[[], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    return [make() for _ in range(max(1, min(8, BYTES // max(bytes_each, 1))))]
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`run` is the launcher; `make` gives arguments of about so many bytes; `elements` of a row pick the bucket."""
+
+    family: str
+    dtype: torch.dtype
+    elements: int
+    make: Callable[[int], tuple[Any, ...]]
+    run: Callable[..., Any]
+    reference: Callable[..., Any]
+
+    @property
+    def key(self) -> tuple[str, torch.dtype, int]:
+        """What shares one choice."""
+        return self.family, self.dtype, configs.size_bucket(self.elements)
 
 
-def _cases(families: set[str]) -> Iterator[Case]:
-    """(family, dtype, elements that pick the bucket, calls over rotating inputs, reference, candidates)."""
+def _pair(at: Place, width: int, size: int) -> tuple[Tensor, Tensor]:
+    n = max(2, size // at.bytes(width))
+    return at.normal(n, width), at.normal(n, width)
+
+
+def _distance(at: Place, width: int, p: float, size: int) -> tuple[Any, ...]:
+    return *_pair(at, width, size), None, p, 0
+
+
+def _distance_backward(at: Place, width: int, p: float, size: int) -> tuple[Any, ...]:
+    x, y = _pair(at, width, size)
+    out = reference.distance(x, y, None, p, 0)
+    return torch.ones_like(out), out, x, y, None, p, 0
+
+
+def _loss(at: Place, width: int, kind: int, size: int) -> tuple[Any, ...]:
+    x, y = _pair(at, width, size)
+    return [x], [y], [1.0], kind, None, 0, True
+
+
+def _images(at: Place, channels: int, side: int, norms: int, layout: torch.memory_format, size: int) -> tuple[Any, ...]:
+    n = max(2, size // at.bytes(channels, side, side))
+    return at.normal(n, channels, side, side).to(memory_format=layout), 1, False, norms
+
+
+def _vae(at: Place, dim: int, hidden: int, latent: int, size: int) -> tuple[Any, ...]:
+    shapes = [(hidden, dim), (hidden,), (latent, hidden), (latent,), (hidden, latent), (hidden,), (dim, hidden), (dim,)]
+    weights = [at.normal(*shape) * dim**-0.5 for shape in shapes]
+    return at.normal(max(2, size // at.bytes(dim)), dim), at.normal(dim), at.normal(dim).abs() + 0.5, *weights
+
+
+def cases(families: Iterable[str], device: str = "cuda") -> list[Case]:
+    """Both ends of what each key rules: the lightest variant of a kernel and the one that takes most registers."""
     from beniful_fast.kernels import distance, loss, stats, vae
 
-    from beniful_fast.ops import reference
-
-    calls: list[Call]
-
-    def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(shape, device="cuda").to(dtype)
-
+    found = []
     for dtype in DTYPES:
-        size = dtype.itemsize
-        for width in (64, 512, 4096, 8192, 32768, 150528):
-            n = max(1, (1 << 26) // width)
-
-            def rows(n: int = n, width: int = width, dtype: torch.dtype = dtype) -> tuple[torch.Tensor, torch.Tensor]:
-                return normal(n, width, dtype=dtype), normal(n, width, dtype=dtype)
-
-            pairs = _sets(2 * n * width * size, rows)
-            if "distance" in families:
-                calls = [(distance.distance, (x, y, None, 2.0, 0)) for x, y in pairs]
-                yield "distance", dtype, width, calls, reference.distance, TILES
-            if "distance_backward" in families:
-                ones = torch.ones(n, device="cuda")
-                calls = [(distance.distance_backward, (ones, ones, x, y, None, 2.0, 0)) for x, y in pairs]
-                yield "distance_backward", dtype, width, calls, reference.distance_backward, TILES
-            if "loss" in families:
-                calls = [(loss.feature_loss, ([x], [y], [1.0], 0, None, 0, True)) for x, y in pairs]
-                yield "loss", dtype, width, calls, reference.feature_loss, TILES
-        for channels in (64, 256, 1024):
-            for family, layout in (("stats_planes", torch.contiguous_format), ("stats_rows", torch.channels_last)):
-                if family not in families:
-                    continue
-                shape = ((1 << 26) // (channels * 1024), channels, 32, 32)
-
-                def images(
-                    shape: tuple[int, ...] = shape, dtype: torch.dtype = dtype, layout: torch.memory_format = layout
-                ) -> tuple[torch.Tensor]:
-                    return (normal(*shape, dtype=dtype).contiguous(memory_format=layout),)
-
-                calls = [(stats.channel_stats, (x, 1, False, 7)) for (x,) in _sets((1 << 26) * size, images)]
-                yield family, dtype, channels, calls, reference.channel_stats, TILES
-        kind = "float" if dtype == torch.float32 else "half"
-        for family, sizes, tiles in (
-            (f"vae_{kind}", ((512, 256, 32), (1024, 512, 32), (128, 64, 8)), VAE_FLOAT_TILES if kind == "float" else VAE_TILES),
-            (f"vae_last_{kind}", ((2048, 1024, 32), (4096, 512, 32)), LAST_TILES),
+        at, kind = Place(device, dtype), "float" if dtype == torch.float32 else "half"
+        for family, dim, hidden, latent in (
+            ("vae", 128, 64, 8),
+            ("vae", 512, 256, 32),
+            ("vae", 1024, 512, 32),
+            ("vae_last", 2048, 1024, 32),
+            ("vae_last", 4096, 512, 32),
         ):
-            if family not in families:
-                continue
-            for dim, hidden, latent in sizes:
-                shapes = [(hidden, dim), (hidden,), (latent, hidden), (latent,), (hidden, latent), (hidden,), (dim, hidden), (dim,)]
-                scale = dim**-0.5
-                weights = [(normal(*shape, dtype=torch.float32) * scale).to(dtype) for shape in shapes]
-                standard = normal(dim, dtype=dtype), torch.rand(dim, device="cuda").add(0.5).to(dtype)
-                inputs = [normal(65536 if dim <= 1024 else 16384, dim, dtype=dtype) for _ in range(4)]
-                calls = [(vae.vae_distance, (x, *standard, *weights)) for x in inputs]
-                yield family, dtype, dim * hidden, calls, reference.vae_distance, tiles
+            make = partial(_vae, at, dim, hidden, latent)
+            found.append(Case(f"{family}_{kind}", dtype, dim * hidden, make, vae.vae_distance, reference.vae_distance))
+        for width in (64, 512, 4096, 32768, 150528):
+            for p in (2.0, math.inf):
+                make = partial(_distance, at, width, p)
+                found.append(Case("distance", dtype, width, make, distance.distance, reference.distance))
+                make = partial(_distance_backward, at, width, p)
+                found.append(Case("distance_backward", dtype, width, make, distance.distance_backward, reference.distance_backward))
+            for code in (KIND_CODES["mse"], KIND_CODES["cosine"]):
+                found.append(Case("loss", dtype, width, partial(_loss, at, width, code), loss.feature_loss, reference.feature_loss))
+        for channels, side, norms in ((64, 32, 7), (64, 32, 1), (256, 32, 7), (1024, 8, 1)):
+            for family, layout in (("stats_planes", torch.contiguous_format), ("stats_rows", torch.channels_last)):
+                make = partial(_images, at, channels, side, norms, layout)
+                found.append(Case(family, dtype, channels, make, stats.channel_stats, reference.channel_stats))
+    wanted = set(families)
+    return [case for case in found if case.family in wanted]
 
 
-def _flat(result: Any) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else [tensor for part in result for tensor in _flat(part)]
+def _compiles(families: list[str], index: int, entry: str, sizes: Sizes) -> bool:
+    case = cases(families)[index]
+    configs.use({entry: sizes})
+    try:
+        case.run(*case.make(FEW_BYTES))
+    except Exception:  # the measurement will say so
+        return False
+    return True
+
+
+def compile_ahead(families: list[str], card: str) -> None:
+    """All candidates in parallel into Triton's cache on disk: one after the other they would take longer than all measurements."""
+    start = time.monotonic()
+    jobs = [
+        (families, index, configs.entry(card, *case.key), sizes)
+        for index, case in enumerate(cases(families))
+        for sizes in ({}, *CANDIDATES[case.family])
+    ]
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), multiprocessing.get_context("spawn")) as pool:
+        done = sum(pool.map(_compiles, *zip(*jobs, strict=True)))
+    print(f"{done} of {len(jobs)} candidates compiled in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def _flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [tensor for part in result for tensor in _flat(part)]
 
 
 def _agrees(got: Any, want: Any, dtype: torch.dtype) -> bool:
@@ -114,78 +199,97 @@ def _agrees(got: Any, want: Any, dtype: torch.dtype) -> bool:
     return all(bool((g.double() - w.double()).norm() <= limit * w.double().norm()) for g, w in pairs)
 
 
-def _milliseconds(calls: list[Call]) -> float:
-    for run, arguments in calls:
-        run(*arguments)
-    torch.cuda.synchronize()
-    times = []
-    for i in range(ROUNDS):
-        run, arguments = calls[i % len(calls)]
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run(*arguments)
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+def interleaved(case: Case, entry: str, tried: list[Sizes], inputs: list[tuple[Any, ...]]) -> list[float]:
+    """Median seconds a call; all take turns, so that a drift of the clocks meets each of them."""
+    turns = itertools.cycle(inputs)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def batch(sizes: Sizes, repeats: int) -> float:
+        configs.use({entry: sizes})
+        case.run(*next(turns))  # keeps the GPU busy until the timed launches are queued
+        begin.record()
+        for _ in range(repeats):
+            case.run(*next(turns))
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats
+
+    repeats = [max(3, math.ceil(BATCH_SECONDS / batch(sizes, 3))) for sizes in tried]
+    rounds = [[batch(sizes, count) for sizes, count in zip(tried, repeats, strict=True)] for _ in range(ROUNDS)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
-def tune(families: set[str], known: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """The known table with this device's entries measured anew."""
-    from beniful_fast.kernels import configs
+def measure(case: Case, entry: str, tried: list[Sizes]) -> list[float]:
+    """Seconds a call under each of the launch sizes, inf where it fails or its result is wrong."""
+    inputs = [case.make(BYTES) for _ in range(INPUTS)]
+    want = case.reference(*inputs[0])
+    good = []
+    for i, sizes in enumerate(tried):
+        configs.use({entry: sizes})
+        try:
+            right = _agrees(case.run(*inputs[0]), want, case.dtype)
+        except Exception as error:  # a tile that does not fit this device, or does not compile
+            print(f"{entry} {sizes or 'default'}: {type(error).__name__}, left out", file=sys.stderr)
+            continue
+        if right:
+            good.append(i)
+        else:
+            print(f"{entry} {sizes or 'default'}: wrong result, left out", file=sys.stderr)
+    times = dict(zip(good, interleaved(case, entry, [tried[i] for i in good], inputs), strict=True))
+    return [times.get(i, math.inf) for i in range(len(tried))]
 
-    device = torch.cuda.get_device_name()
-    table = {key: value for key, value in known.items() if key.split("/")[0] != device or key.split("/")[1] not in families}
-    for family, dtype, elements, calls, reference, candidates in _cases(families):
-        key = configs.entry(device, family, dtype, configs.size_bucket(elements))
-        run, arguments = calls[0]
-        want = reference(*arguments)
-        configs.use(table)
-        baseline, best, chosen = _milliseconds(calls), float("inf"), None
-        for candidate in candidates:
-            configs.use({**table, key: candidate})
-            configs.row_plan.cache_clear()
-            try:
-                if not _agrees(run(*arguments), want, dtype):
-                    print(f"{key} {candidate}: wrong result, left out", file=sys.stderr)
-                    continue
-                time = _milliseconds(calls)
-            except Exception as error:  # a tile that does not fit this device
-                print(f"{key} {candidate}: {type(error).__name__}, left out", file=sys.stderr)
-                continue
-            if time < best:
-                best, chosen = time, candidate
-        if chosen is not None and best < (1 - LEAST_GAIN) * baseline:
-            table[key] = chosen
-        print(f"{key}: default {baseline:.4f} ms, best {best:.4f} ms {chosen}")
-    return table
+
+def choose(times: list[list[float]]) -> tuple[int, float]:
+    """(index, share of the default's time) of the best geometric mean over cases; 0, the default, where none wins by LEAST_GAIN.
+
+    Args:
+        times: of each candidate, the default first, in each case.
+    """
+    means = [statistics.geometric_mean(row) for row in times]
+    best = min(range(len(means)), key=means.__getitem__)
+    if not means[best] < (1 - LEAST_GAIN) * means[0]:
+        best = 0
+    return best, means[best] / means[0]
+
+
+def tune(chosen: list[Case], card: str, path: Path, measure: Callable[[Case, str, list[Sizes]], list[float]] = measure) -> None:
+    """Updates the table in `path` key by key; the entries of keys that it does not reach stay."""
+    table = json.loads(path.read_text()) if path.exists() else {}
+    groups: dict[tuple[str, torch.dtype, int], list[Case]] = {}
+    for case in chosen:
+        groups.setdefault(case.key, []).append(case)
+    for (family, dtype, bucket), same in groups.items():
+        entry = configs.entry(card, family, dtype, bucket)
+        tried = [{}, *CANDIDATES[family]]
+        times = list(zip(*(measure(case, entry, tried) for case in same), strict=True))
+        if all(math.inf in row for row in times):
+            print(f"{entry}: nothing runs, left as it was", file=sys.stderr)
+            continue
+        best, share = choose([list(row) for row in times])
+        for ruled in DTYPES[dtype]:
+            name = configs.entry(card, family, ruled, bucket)
+            table.pop(name, None)
+            if best:
+                table[name] = tried[best]
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+        found = f"{tried[best]}, {share:.3f} of the default's time" if best else "the default"
+        print(f"{entry}: {found}; default {', '.join(f'{seconds * 1e6:.1f}' for seconds in times[0])} us", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = (
-        "distance",
-        "distance_backward",
-        "loss",
-        "stats_planes",
-        "stats_rows",
-        "vae_half",
-        "vae_float",
-        "vae_last_half",
-        "vae_last_float",
-    )
-    parser.add_argument("--family", nargs="+", choices=names, default=names)
-    parser.add_argument("--out", type=Path, help="the table to update (default: the package's own)")
+    parser.add_argument("--family", nargs="+", choices=tuple(CANDIDATES), default=tuple(CANDIDATES))
+    parser.add_argument("--out", type=Path, default=configs.MEASURED, help="the table to update (default: the package's own)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.tune measures launch sizes on a GPU; this machine has no CUDA device")
-    from beniful_fast.kernels import configs
-
-    path = options.out or configs.MEASURED
-    known = json.loads(path.read_text()) if path.exists() else {}
-    table = tune(set(options.family), known)
-    path.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
-    print(f"written to {path}")
+    card = torch.cuda.get_device_name()
+    try:
+        compile_ahead(list(options.family), card)
+    except Exception as error:  # then each is compiled where it is measured
+        print(f"not compiled ahead: {error}", file=sys.stderr)
+    tune(cases(options.family), card, options.out)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def mse_kernel(
 ):
     """One chunk of ROWS rows of one layer: its part of the loss to values (slots, N), and the gradient, in a single pass."""
     unit = tl.program_id(0).to(tl.int64)
-    layer, first, slot = locate(unit, tl.cdiv(n, ROWS), splits, LAYERS)
+    layer, first, slot = locate(unit, tl.cdiv(n.to(tl.int64), ROWS), splits, LAYERS)
     parts = pick_count(splits, layer, LAYERS)
     part = (unit - first) % parts
     rows = (unit - first) // parts * ROWS + tl.arange(0, ROWS)  # (ROWS,) int64
@@ -145,7 +145,7 @@ def sums_kernel(
 ):
     """sums (3, slots, N) of every chunk, where a row is too long for one program."""
     unit = tl.program_id(0).to(tl.int64)
-    layer, first, slot = locate(unit, tl.cdiv(n, ROWS), splits, LAYERS)
+    layer, first, slot = locate(unit, tl.cdiv(n.to(tl.int64), ROWS), splits, LAYERS)
     parts = pick_count(splits, layer, LAYERS)
     part = (unit - first) % parts
     rows = (unit - first) // parts * ROWS + tl.arange(0, ROWS)
@@ -191,7 +191,7 @@ def general_kernel(
 ):
     """Losses to values (LAYERS, N), then the gradient, which needs the whole row's sums: its own (WHOLE) or those of sums_kernel."""
     unit = tl.program_id(0).to(tl.int64)
-    layer, first, slot = locate(unit, tl.cdiv(n, ROWS), splits, LAYERS)
+    layer, first, slot = locate(unit, tl.cdiv(n.to(tl.int64), ROWS), splits, LAYERS)
     parts = pick_count(splits, layer, LAYERS)
     part = (unit - first) % parts
     rows = (unit - first) // parts * ROWS + tl.arange(0, ROWS)
@@ -290,8 +290,8 @@ def _total(values: Tensor, reduction: int) -> Tensor:
         source = torch.empty((spans,), dtype=torch.float64, device=values.device)
         sum_kernel[(spans,)](values, source, count, span, 1, BLOCK=1024, num_warps=4, **OPTIONS)
         count = spans
-    block = min(configs.power_of_two(count), 2048)
-    sum_kernel[(1,)](source, out, count, count, n, BLOCK=block, num_warps=8, **OPTIONS)
+    # One size for all counts: a binary for every batch size would be compiled at its first use.
+    sum_kernel[(1,)](source, out, count, count, n, BLOCK=2048, num_warps=8, **OPTIONS)
     return out
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from . import configs
 from .common import INTERPRETED, OPTIONS, check_dtype, on_device, row_stride
 
-MAX_FEATURES, MAX_HIDDEN, MAX_LATENT = 1024, 512, 128
+MAX_FEATURES, MAX_HIDDEN, MAX_LATENT = 1024, 512, 64
 # Beyond those limits: rows a chunk, so that hidden activations stay in L2 and the matrix products still fill the GPU.
 CHUNK_ROWS = 16384
 
@@ -99,6 +99,9 @@ def vae_kernel(
     D: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
+    D_ROW: tl.constexpr,
+    H_ROW: tl.constexpr,
+    K_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -107,7 +110,10 @@ def vae_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Scores of ROWS rows. Hidden layers exist only HIDDEN units at a time, in registers and shared memory."""
+    """Scores of ROWS rows. Hidden layers exist only HIDDEN units at a time, in registers and shared memory.
+
+    Rows of the weights have D_ROW, H_ROW and K_ROW elements, the last ones zeros.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (ROWS,) int64
     inside = (rows < n)[:, None]
     x_rows = x + (rows * (x_stride_v.to(tl.int64) * VEC))[:, None]
@@ -116,9 +122,9 @@ def vae_kernel(
         hidden = tl.zeros((ROWS, HIDDEN), tl.float32)
         for d in range(0, D, FEATURES):
             t = _standardized(x_rows, mean, std, d, inside, D, FEATURES)
-            w, _ = _transposed(enc_w, enc_b, h, d, H, D, HIDDEN, FEATURES)
+            w, _ = _transposed(enc_w, enc_b, h, d, H, D_ROW, HIDDEN, FEATURES)
             hidden = _product(t, w, hidden, PRECISION, UPCAST)
-        w, b = _transposed(mu_w, mu_b, 0, h, K, H, LATENT, HIDDEN)
+        w, b = _transposed(mu_w, mu_b, 0, h, K, H_ROW, LATENT, HIDDEN)
         units = h + tl.arange(0, HIDDEN)
         bias = tl.load(enc_b + units, mask=units < H, other=0.0).to(tl.float32)
         mu = _product(_rectified(hidden, bias, h, H, HIDDEN), w, mu, PRECISION, UPCAST)
@@ -128,19 +134,20 @@ def vae_kernel(
         mu = tl.where((k < K)[None, :], mu, 0.0)
     # One block of hidden units holds for all outputs; several are made again for each, which costs latent / outputs of the work.
     if H <= HIDDEN:
-        w, b = _transposed(dec_w, dec_b, 0, 0, H, K, HIDDEN, LATENT)
-        decoded = _rectified(_product(mu, w, tl.zeros((ROWS, HIDDEN), tl.float32), PRECISION, UPCAST), b, 0, H, HIDDEN)
+        # Names of their own: a name of the loop below may not change its shape on entry.
+        first_w, first_b = _transposed(dec_w, dec_b, 0, 0, H, K_ROW, HIDDEN, LATENT)
+        decoded = _rectified(_product(mu, first_w, tl.zeros((ROWS, HIDDEN), tl.float32), PRECISION, UPCAST), first_b, 0, H, HIDDEN)
     total = tl.zeros((ROWS,), tl.float32)
     for d in range(0, D, OUTPUTS):
         y = tl.zeros((ROWS, OUTPUTS), tl.float32)
         if H <= HIDDEN:
-            w, _ = _transposed(out_w, out_b, d, 0, D, H, OUTPUTS, HIDDEN)
+            w, _ = _transposed(out_w, out_b, d, 0, D, H_ROW, OUTPUTS, HIDDEN)
             y = _product(decoded, w, y, PRECISION, UPCAST)
         else:
             for h in range(0, H, HIDDEN):
-                w, b = _transposed(dec_w, dec_b, h, 0, H, K, HIDDEN, LATENT)
+                w, b = _transposed(dec_w, dec_b, h, 0, H, K_ROW, HIDDEN, LATENT)
                 part = _rectified(_product(mu, w, tl.zeros((ROWS, HIDDEN), tl.float32), PRECISION, UPCAST), b, h, H, HIDDEN)
-                w, _ = _transposed(out_w, out_b, d, h, D, H, OUTPUTS, HIDDEN)
+                w, _ = _transposed(out_w, out_b, d, h, D, H_ROW, OUTPUTS, HIDDEN)
                 y = _product(part, w, y, PRECISION, UPCAST)
         total += _squared_error(x_rows, mean, std, out_b, y, d, inside, D, OUTPUTS)
     tl.store(out + rows, total / D, mask=rows < n)
@@ -173,7 +180,7 @@ def last_layer_kernel(
     unit = tl.program_id(0).to(tl.int64)
     first = unit // (GROUP * PARTS) * GROUP
     place = unit % (GROUP * PARTS)
-    height = tl.minimum(tl.cdiv(n, ROWS) - first, GROUP)
+    height = tl.minimum(tl.cdiv(n.to(tl.int64), ROWS) - first, GROUP)
     rows = (first + place % height) * ROWS + tl.arange(0, ROWS)  # (ROWS,) int64
     part = place // height
     start = part * SPAN
@@ -242,9 +249,7 @@ def _chunked(x: Tensor, parameters: tuple[Tensor, ...], out: Tensor) -> None:
 def _last_layer(x: Tensor, stride: int, mean: Tensor, std: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     """out = mean_j (t_j - (hidden weight^T + bias)_j)^2 with t = (x - mean) / std, for (N, D) x, (N, H) hidden and (D, H) weight."""
     n, width = x.shape
-    if weight.shape[1] % 8:
-        # Copies to shared memory run ahead of the products only in 16-byte pieces.
-        hidden, weight = (functional.pad(rows, (0, -weight.shape[1] % 8)) for rows in (hidden, weight))
+    hidden, weight = _even(hidden), _even(weight)
     units = weight.shape[1]
     single = x.dtype == torch.float32
     launch = configs.settings("vae_last_float" if single else "vae_last_half", x, width * units)
@@ -252,8 +257,7 @@ def _last_layer(x: Tensor, stride: int, mean: Tensor, std: Tensor, hidden: Tenso
     whole = plan.parts == 1
     target = out if whole else torch.empty((plan.parts, n), dtype=torch.float32, device=x.device)
     vec = configs.common_alignment(stride)
-    # Rows of an odd number of elements load one by one, and their addresses take the registers of a wider tile.
-    widest = launch["outputs"] if vec > 1 else min(launch["outputs"], 128 // x.element_size())
+    widest = min(launch["outputs"], 32) if _in_small_pieces(x, vec) else launch["outputs"]
     last_layer_kernel[(plan.programs,)](
         x,
         mean,
@@ -291,9 +295,26 @@ def _fused(x: Tensor, parameters: tuple[Tensor, ...], out: Tensor) -> None:
     launch = configs.settings("vae_float" if single else "vae_half", x, width * hidden)
     stride = row_stride(x, width)
     vec = configs.common_alignment(stride)
+    mean, std, enc_w, enc_b, mu_w, mu_b, dec_w, dec_b, out_w, out_b = parameters
+    enc_w, mu_w, dec_w, out_w = map(_even, (enc_w, mu_w, dec_w, out_w))
+    codes = _tile(latent, MAX_LATENT)
+    features, units, outputs = launch["features"], launch["hidden"], launch["outputs"]
+    if _in_small_pieces(x, vec):
+        features, outputs = min(features, 64 // x.element_size()), min(outputs, 32)
+    if single and codes > 32:
+        units = min(units, 32)
     vae_kernel[(configs.ceil_div(n, launch["rows"]),)](
         x,
-        *parameters,
+        mean,
+        std,
+        enc_w,
+        enc_b,
+        mu_w,
+        mu_b,
+        dec_w,
+        dec_b,
+        out_w,
+        out_b,
         out,
         n,
         stride // vec,
@@ -301,11 +322,14 @@ def _fused(x: Tensor, parameters: tuple[Tensor, ...], out: Tensor) -> None:
         D=width,
         H=hidden,
         K=latent,
+        D_ROW=enc_w.shape[1],
+        H_ROW=out_w.shape[1],
+        K_ROW=dec_w.shape[1],
         ROWS=launch["rows"],
-        FEATURES=_tile(width, launch["features"]),
-        HIDDEN=_tile(hidden, launch["hidden"]),
-        OUTPUTS=_tile(width, launch["outputs"]),
-        LATENT=_tile(latent, MAX_LATENT),
+        FEATURES=_tile(width, features),
+        HIDDEN=_tile(hidden, units),
+        OUTPUTS=_tile(width, outputs),
+        LATENT=codes,
         PRECISION=_precision(single),
         UPCAST=INTERPRETED,
         num_warps=launch["warps"],
@@ -325,6 +349,16 @@ def vae_distance(x: Tensor, *parameters: Tensor) -> Tensor:
         run = _fused if is_fused(x, parameters) else _chunked
         run(x, tuple(p.contiguous() for p in parameters), out)
     return out
+
+
+def _in_small_pieces(x: Tensor, vec: int) -> bool:
+    """Whether x loads less than 8 bytes at a time: the addresses then take the registers of a wider tile."""
+    return vec * x.element_size() < 8 or x.data_ptr() % 16 != 0
+
+
+def _even(weight: Tensor) -> Tensor:
+    """With zeros to rows of a multiple of 8: copies to shared memory run ahead of the products only in 16-byte pieces."""
+    return functional.pad(weight, (0, -weight.shape[1] % 8)) if weight.shape[1] % 8 else weight
 
 
 def _precision(single: bool) -> str:

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from benchmarks import norm_comparison
+from benchmarks import gpu, norm_comparison
+from benchmarks.cases import Case
 from benchmarks.prefer import preferences
 from beniful_fast.attacks import BadNets
 from beniful_fast.evaluation.cells import Cells
@@ -21,8 +22,27 @@ backends = importlib.import_module("beniful_fast.ops.backends")  # the package's
 def test_gpu_script_runs_dry():
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--dry-run"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "WRONG" not in done.stdout
-    assert done.stdout.count("cpp") == 5
+    assert "not timed" not in done.stdout
+    table = done.stdout.split("\n\n")[-1]
+    assert table.count("cpp") == 5
+
+
+def test_a_gpu_candidate_that_fails_costs_no_other_its_figures(capsys):
+    def ours(x, y, backend):
+        if backend == "cuda":
+            raise RuntimeError("no kernel image")
+        return (x - y).square().mean(1) * (1.0 if backend == "reference" else 2.0)
+
+    case = Case(
+        "reconstruction_distance", "8x4", lambda: (torch.randn(8, 4), torch.randn(8, 4)), ours, lambda x, y: (x - y).square().mean(1), 256
+    )
+    rows = gpu.measure(case, "cpu", ["eager", "cuda", "triton"])
+    assert "no kernel image" in rows["cuda"]["failed"]
+    assert "wrong" in rows["triton"]["failed"]
+    assert rows["eager"]["median"] > 0
+    assert capsys.readouterr().out.count("not timed") == 2
+    lines = gpu.summary(case, rows, ["eager", "torch.compile", "cuda", "triton"], {"read": 1e9, "matmul": 1e12})
+    assert [line.split()[2] for line in lines] == ["cuda", "triton"]
 
 
 def test_preferences_name_the_faster_backend():
@@ -31,6 +51,9 @@ def test_preferences_name_the_faster_backend():
 
     assert preferences({"cases": {"a": case(2.0, 3.0), "b": case(2.0, 1.0)}}) == {"distance/float32/5": "triton"}
     assert preferences({"cases": {"a": case(2.0, 3.0)}}) == {"distance/float32/5": "cuda"}
+    failed = case(2.0, 3.0)
+    failed["candidates"]["cuda"] = {"failed": "no kernel image"}
+    assert preferences({"cases": {"a": failed, "b": case(2.0, 3.0)}}) == {"distance/float32/5": "triton"}
 
 
 def test_a_measured_preference_is_taken_and_nothing_else(monkeypatch):

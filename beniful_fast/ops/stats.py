@@ -169,7 +169,8 @@ def channel_stats(
     """Norms of each channel over all other dimensions, or over all but the sample, in one pass.
 
     NCHW, channels_last, (N, C) and tokens (N, T, C) with dim=-1 are read in place; other strides are copied first. `linf` is exact and
-    keeps NaN; l1 and l2 come from float64 totals. Not differentiable.
+    keeps NaN; l1 and l2 come from float64 totals, of float32 squares on the compiled backends: activations beyond 1.8e19 make l2 inf there.
+    Not differentiable.
 
     Args:
         activations: at least 2-D, float32, float16, bfloat16 or float64 (float64 not on "cuda" and "triton"); dimension 0 is the sample.

@@ -140,6 +140,11 @@ inline const char* launch_error() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+// Of a call of the runtime, which also keeps its error: taken here, or the next launch would report it.
+inline const char* failed(cudaError_t error) {
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
 
 // Calls f with a null pointer of the element type.
 template <class F> const char* by_dtype(Dtype dtype, F&& f) {

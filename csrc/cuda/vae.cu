@@ -9,12 +9,12 @@ const char* vae_distance(const VaeArgs& args, Dtype dtype, Stream stream) {
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return failed(error);
   const VaePlan plan = plan_vae(args.n, args.hidden, args.latent, size_of(dtype), shared, processors);
   if (plan.rows == 0) return "this VAE is too large for the shared memory of this GPU";
-  if (dtype == kBFloat16) return vae_bfloat16(args, plan, stream);
-  if (dtype == kFloat16) return vae_float16(args, plan, stream);
-  return vae_float32(args, plan, stream);
+  if (dtype == kBFloat16) return vae_bfloat16(args, plan, shared, stream);
+  if (dtype == kFloat16) return vae_float16(args, plan, shared, stream);
+  return vae_float32(args, plan, shared, stream);
 }
 
 }  // namespace bf::cuda

@@ -118,17 +118,19 @@ template <class T, int ROWS> struct VaeKernel {
     }
   }
 
-  // relu(acc + bias) to rows of h or g; columns past the hidden size get zeros, which later products need.
+  // relu(acc + bias) to rows of h or g; columns past the hidden size get zeros, whatever an infinite row made of them.
   BF_DEVICE void put_hidden(const float (&acc)[kTiles][8][4], const void* bias, int column0) const {
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const int column = column0 + warp_column + n * 8 + lane % 4 * 2;
       if (column >= hidden_blocks * kStepElements) continue;
+      const bool left = column < a.hidden, right = column + 1 < a.hidden;
       const float b0 = parameter(bias, column, a.hidden), b1 = parameter(bias, column + 1, a.hidden);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
-        put_pair(hidden, hidden_stride, warp_row + m * 16 + lane / 4, column, relu(acc[m][n][0] + b0), relu(acc[m][n][1] + b1));
-        put_pair(hidden, hidden_stride, warp_row + m * 16 + lane / 4 + 8, column, relu(acc[m][n][2] + b0), relu(acc[m][n][3] + b1));
+        const float(&h)[4] = acc[m][n];
+        put_pair(hidden, hidden_stride, warp_row + m * 16 + lane / 4, column, left ? relu(h[0] + b0) : 0, right ? relu(h[1] + b1) : 0);
+        put_pair(hidden, hidden_stride, warp_row + m * 16 + lane / 4 + 8, column, left ? relu(h[2] + b0) : 0, right ? relu(h[3] + b1) : 0);
       }
     }
   }
@@ -162,13 +164,15 @@ template <class T, int ROWS> struct VaeKernel {
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      // Codes past the latent size are zero: their weights were.
+      // Codes past the latent size are zero, whatever an infinite row made of their zero weights.
       const int code = mine + n * 8 + lane % 4 * 2;
+      const bool left = code < a.latent, right = code + 1 < a.latent;
       const float b0 = parameter(a.mu_b, code, a.latent), b1 = parameter(a.mu_b, code + 1, a.latent);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
-        put_pair(area, kMuBytes, warp_row + m * 16 + lane / 4, code, acc[m][n][0] + b0, acc[m][n][1] + b1);
-        put_pair(area, kMuBytes, warp_row + m * 16 + lane / 4 + 8, code, acc[m][n][2] + b0, acc[m][n][3] + b1);
+        const float(&mu)[4] = acc[m][n];
+        put_pair(area, kMuBytes, warp_row + m * 16 + lane / 4, code, left ? mu[0] + b0 : 0, right ? mu[1] + b1 : 0);
+        put_pair(area, kMuBytes, warp_row + m * 16 + lane / 4 + 8, code, left ? mu[2] + b0 : 0, right ? mu[3] + b1 : 0);
       }
     }
   }
@@ -289,17 +293,18 @@ template <class T, int ROWS> __global__ void __launch_bounds__(kThreads, 1) vae(
   VaeKernel<T, ROWS>(args, plan, shared).run();
 }
 
-template <class T, int ROWS> const char* launch_vae(const VaeArgs& args, const VaePlan& plan, Stream stream) {
-  // No stream operation, so a graph may be under capture. The attribute is the current device's.
-  cudaError_t error = cudaFuncSetAttribute(vae<T, ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+template <class T, int ROWS> const char* launch_vae(const VaeArgs& args, const VaePlan& plan, int most_shared, Stream stream) {
+  // No stream operation, so a graph may be under capture. The attribute is the current device's, for all threads and graphs: always
+  // what the device allows, because a call that lowered it could come between another's setting and launch.
+  const cudaError_t error = cudaFuncSetAttribute(vae<T, ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
+  if (error != cudaSuccess) return failed(error);
   vae<T, ROWS><<<grid_of(ceil_div(args.n, ROWS)), kThreads, plan.shared_bytes, native(stream)>>>(args, plan);
   return launch_error();
 }
 
 // One file a dtype, so that they compile apart.
-const char* vae_bfloat16(const VaeArgs&, const VaePlan&, Stream);
-const char* vae_float16(const VaeArgs&, const VaePlan&, Stream);
-const char* vae_float32(const VaeArgs&, const VaePlan&, Stream);
+const char* vae_bfloat16(const VaeArgs&, const VaePlan&, int most_shared, Stream);
+const char* vae_float16(const VaeArgs&, const VaePlan&, int most_shared, Stream);
+const char* vae_float32(const VaeArgs&, const VaePlan&, int most_shared, Stream);
 
 }  // namespace bf::cuda

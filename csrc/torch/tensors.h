@@ -10,6 +10,11 @@
 
 #include "../core/kernels.h"
 
+// torch 2.12 and newer have it, with what the shim itself has to say about the error.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace bf::glue {
 
 using torch::stable::Tensor;

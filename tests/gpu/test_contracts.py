@@ -15,6 +15,11 @@ from .cases import DEVICE, DTYPES, GPU, POWERS, make_vae, randn
 ops = torch.ops.beniful_fast
 
 
+def inputs(dtype=torch.float32, n=64):
+    """What `everything` takes: rows and their targets, maps of as many images, and a VAE of the rows."""
+    return randn(n, 96, dtype=dtype), randn(n, 96, dtype=dtype), randn(n, 5, 6, 7, dtype=dtype), make_vae(96, 64, 8, dtype)
+
+
 def everything(backend, x, y, a, vae):
     out = [bf.reconstruction_distance(x, y, p=p, backend=backend) for p in POWERS]
     for kind in ("mse", "cosine", "relative"):
@@ -29,7 +34,8 @@ def everything(backend, x, y, a, vae):
 @GPU
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_input_same_bits(backend, dtype):
-    x, y, a, vae = randn(257, 96, dtype=dtype), randn(257, 96, dtype=dtype), randn(257, 19, 31, 7, dtype=dtype), make_vae(96, 64, 8, dtype)
+    x, y, _, vae = inputs(dtype, 257)
+    a = randn(257, 19, 31, 7, dtype=dtype)
     long = [randn(3, 100_003, dtype=dtype) for _ in range(2)]
     runs = []
     for _ in range(5):
@@ -59,7 +65,7 @@ def test_a_row_knows_nothing_of_the_batch(backend):
 @GPU
 def test_runs_on_the_current_stream(backend):
     """Work queued behind a slow kernel on a side stream must see that kernel's result."""
-    x, y, a, vae = randn(64, 96), randn(64, 96), randn(8, 5, 6, 7), make_vae(96, 64, 8, torch.float32)
+    x, y, a, vae = inputs()
     want = everything(backend, x * 3, y, a, vae)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -74,7 +80,7 @@ def test_runs_on_the_current_stream(backend):
 @GPU
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_graph(backend, dtype):
-    x, y, a, vae = randn(64, 96, dtype=dtype), randn(64, 96, dtype=dtype), randn(8, 5, 6, 7, dtype=dtype), make_vae(96, 64, 8, dtype)
+    x, y, a, vae = inputs(dtype)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -84,8 +90,8 @@ def test_cuda_graph(backend, dtype):
     with torch.cuda.graph(graph):
         captured = everything(backend, x, y, a, vae)
     for _ in range(3):
-        x.copy_(randn(64, 96, dtype=dtype))
-        a.copy_(randn(8, 5, 6, 7, dtype=dtype))
+        x.copy_(torch.randn_like(x))
+        a.copy_(torch.randn_like(a))
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(p, q) for p, q in zip(captured, everything(backend, x, y, a, vae), strict=True))
@@ -93,7 +99,8 @@ def test_cuda_graph(backend, dtype):
 
 @GPU
 def test_nothing_synchronises(backend):
-    f, t, a, vae = randn(64, 96).requires_grad_(), randn(64, 96), randn(8, 5, 6, 7), make_vae(96, 64, 8, torch.float32)
+    f, t, a, vae = inputs()
+    f.requires_grad_()
     everything(backend, f, t, a, vae)
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
@@ -169,6 +176,7 @@ HUGE = 2**31 + 1
 
 @GPU
 @pytest.mark.slow
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("shape", [(1, HUGE), (HUGE, 1), (3, HUGE // 3)])
 def test_more_than_two_billion_elements(backend, shape):
     """Zeros but for marks at the far end, where a 32-bit offset would have wrapped."""
@@ -197,6 +205,7 @@ def test_more_than_two_billion_elements(backend, shape):
 
 @GPU
 @pytest.mark.slow
+@pytest.mark.xdist_group("memory")
 def test_gradient_of_more_than_two_billion_elements(backend):
     if not room_for(30):
         pytest.skip("needs 30 GiB of free GPU memory")

@@ -289,6 +289,26 @@ def test_vae(library, dim, hidden, latent, n, limit, processors, order, dtype):
     torch.testing.assert_close(out.double(), want, rtol=rtol, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_padded_units_of_a_vae_stay_out_of_an_infinite_row(library, dtype):
+    """With one unit the score of such a row is infinite; zero weights times infinity, in the columns beside it, would make it NaN."""
+    library.set_machine(0, LIMITS["sm_90"], 132)
+    vae, sample = vae_case(8, 1, 1, dtype)
+    for p in vae.parameters():
+        p.data.fill_(-1.0)
+    vae.encoder.weight.data.fill_(1.0)
+    x = sample[:3].contiguous()
+    x[1, 5] = math.inf
+    tensors = [p.detach().contiguous() for p in vae.inference_parameters()]
+    tensors[2], tensors[4], tensors[8] = padded(tensors[2]), padded(tensors[4]), padded(tensors[8])
+    out = torch.full((3,), -1.0)
+    args = VaeArgs(x.data_ptr(), *(t.data_ptr() for t in tensors), out.data_ptr(), 3, 8, tensors[2].shape[1], tensors[4].shape[1], 8, 1, 1)
+    assert library.emulated_vae_distance(ctypes.byref(args), DTYPES[dtype]) is None
+    want = bf.vae_reconstruction_distance(x, vae, backend="reference")
+    assert want.isinf().tolist() == [False, True, False]
+    assert torch.equal(out.isinf(), want.isinf())
+
+
 def test_vae_tiles_change_no_bit(library):
     """A row's score knows nothing of the other rows, of the tile, or of the number of stages."""
     for dtype in DTYPES:

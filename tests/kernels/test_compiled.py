@@ -76,7 +76,13 @@ def parameters(dtype, dim, hidden, latent):
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(
     ("dtype", "dim", "hidden", "latent"),
-    [(dtype, *sizes) for dtype in DTYPES for sizes in ((512, 256, 32), (1024, 512, 32), (500, 200, 4))] + [(torch.float16, 512, 256, 32)],
+    [
+        (dtype, *sizes)
+        for dtype in DTYPES
+        # Hidden layers of several tiles and of one, the most codes, rows of x that load one element at a time.
+        for sizes in ((512, 256, 32), (1024, 512, 64), (500, 200, 4), (512, 128, 32), (40, 24, 3), (301, 130, 5))
+    ]
+    + [(torch.float16, 512, 256, 32)],
 )
 def test_fused_vae(arch, dtype, dim, hidden, latent):
     (kernel,) = compile_for(arch, vae.vae_distance, meta(65536, dim, dtype=dtype), *parameters(dtype, dim, hidden, latent))
@@ -92,7 +98,7 @@ def test_fused_vae(arch, dtype, dim, hidden, latent):
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(
     ("dtype", "dim", "hidden", "latent"),
-    [(dtype, *sizes) for dtype in DTYPES for sizes in ((2048, 1024, 32), (1502, 701, 4), (2049, 700, 130))]
+    [(dtype, *sizes) for dtype in DTYPES for sizes in ((2048, 1024, 32), (1502, 701, 4), (2049, 700, 130), (1024, 512, 65))]
     + [(torch.float16, 2048, 1024, 32)],
 )
 def test_last_layer_of_a_large_vae(arch, dtype, dim, hidden, latent):
