@@ -160,10 +160,11 @@ def _train(
         torch.default_generator.manual_seed(seed)
         if device.type == "cpu" and features.shape[1] <= ONE_THREAD_DIM:
             stack.enter_context(_one_thread())
-        with torch.device("cpu"):
-            vae = make()
+        # Adam's counters, too, would come to lie on the caller's default device.
+        stack.enter_context(torch.device("cpu"))
+        vae = make()
         vae.to(device)
-        order = torch.randperm(len(features), generator=generator, device="cpu").to(device)
+        order = torch.randperm(len(features), generator=generator).to(device)
         held = max(2, round(HELD_OUT * len(features)))
         rest = order[held:]
         vae.set_standardization(features[rest])
@@ -181,10 +182,10 @@ def _train(
         optimizer = torch.optim.Adam(vae.parameters(), lr=lr)
         vae.train()
         for _ in range(epochs):
-            shuffled = rest[torch.randperm(len(rest), generator=generator, device="cpu").to(device)]
+            shuffled = rest[torch.randperm(len(rest), generator=generator).to(device)]
             for rows in shuffled.split(batch):
                 mu, logvar = vae.encode(t[rows])
-                noise = torch.randn(mu.shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
+                noise = torch.randn(mu.shape, generator=generator, dtype=torch.float32).to(device)
                 rebuilt = vae.decode(mu + noise * (0.5 * logvar).exp())
                 error = (goal[rows] - rebuilt).square().flatten(1).mean(1)
                 loss = (error + beta * vae.kl(mu, logvar) / size).mean()
