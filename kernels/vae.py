@@ -295,8 +295,7 @@ def _fused(x: Tensor, parameters: tuple[Tensor, ...], out: Tensor) -> None:
     launch = configs.settings("vae_float" if single else "vae_half", x, width * hidden)
     stride = row_stride(x, width)
     vec = configs.common_alignment(stride)
-    mean, std, enc_w, enc_b, mu_w, mu_b, dec_w, dec_b, out_w, out_b = parameters
-    enc_w, mu_w, dec_w, out_w = map(_even, (enc_w, mu_w, dec_w, out_w))
+    padded = tuple(_even(p) if p.dim() == 2 else p for p in parameters)
     codes = _tile(latent, MAX_LATENT)
     features, units, outputs = launch["features"], launch["hidden"], launch["outputs"]
     if _in_small_pieces(x, vec):
@@ -305,16 +304,7 @@ def _fused(x: Tensor, parameters: tuple[Tensor, ...], out: Tensor) -> None:
         units = min(units, 32)
     vae_kernel[(configs.ceil_div(n, launch["rows"]),)](
         x,
-        mean,
-        std,
-        enc_w,
-        enc_b,
-        mu_w,
-        mu_b,
-        dec_w,
-        dec_b,
-        out_w,
-        out_b,
+        *padded,
         out,
         n,
         stride // vec,
@@ -322,9 +312,9 @@ def _fused(x: Tensor, parameters: tuple[Tensor, ...], out: Tensor) -> None:
         D=width,
         H=hidden,
         K=latent,
-        D_ROW=enc_w.shape[1],
-        H_ROW=out_w.shape[1],
-        K_ROW=dec_w.shape[1],
+        D_ROW=padded[2].shape[1],
+        H_ROW=padded[8].shape[1],
+        K_ROW=padded[6].shape[1],
         ROWS=launch["rows"],
         FEATURES=_tile(width, features),
         HIDDEN=_tile(hidden, units),
