@@ -45,6 +45,7 @@ def entries() -> list[NetSpec]:
         *(NetSpec(*tiny, attack) for attack in ("badnets", "blend", "wanet")),
         NetSpec(*small, "badnets+blend"),
         *(NetSpec(*small, attack, 0, rate) for rate in (0.05, 0.01) for attack in ("badnets", "wanet")),
+        NetSpec(*small, "sig", 0, 0.05),
     ]
 
 
