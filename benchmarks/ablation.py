@@ -16,6 +16,7 @@ import functools
 import json
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def variants(arch: str) -> dict[str, dict[str, Any]]:
         **{f"latent {k}": {"latent": k} for k in (1, 2, 8, 16)},
         "no consistency": {"consistency": False},
         **{f"consistency weight x {f:g}": {"weighted": f} for f in (0.5, 2, 4)},
+        "no odds": {"odds": 0.0},
+        **{f"odds weight x {f:g}": {"odds": f} for f in (0.5, 2.0)},
         "two-sided": {"two_sided": True},
         "class-conditional": {"class_conditional": True},
         **{f"stage {i + 1}": {"layer": f"stages.{i}"} for i in range(last + 1)},
@@ -54,15 +57,17 @@ def variants(arch: str) -> dict[str, dict[str, Any]]:
 
 
 class Weighted(bf.Screener):
-    """The Screener with another weight of inference consistency: a multiple of its own."""
+    """The Screener with other weights of inference consistency and of the odds: multiples of its own."""
 
-    def __init__(self, *args: Any, weighted: float = 1.0, **options: Any) -> None:
+    def __init__(self, *args: Any, weighted: float = 1.0, odds: float = 1.0, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.factor = weighted
+        self.factor, self.odds = weighted, odds
 
     def _learn(self, *args: Any) -> None:
         super()._learn(*args)
         self.weight *= self.factor
+        if self.odds_term is not None:
+            self.odds_term = replace(self.odds_term, weight=self.odds * self.odds_term.weight)
 
 
 class Judge:

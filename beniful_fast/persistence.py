@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from .quiet import bytes_of
 if TYPE_CHECKING:
     from .screening import Screener
 
-KIND, VERSION = "Screener", 2
+KIND, VERSION = "Screener", 3
 OPTIONS = (
     "reconstruct",
     "fpr",
@@ -108,6 +109,7 @@ def save(screener: Screener, path: Path) -> None:
         "n_fit": screener.n_fit,
         "n_classes": screener.n_classes,
         "weight": screener.weight,
+        "odds_term": None if screener.odds_term is None else asdict(screener.odds_term),
         "consistent_by": screener._consistent_by,
         "consistency_note": screener.consistency_note,
         "notes": screener.notes,
@@ -125,7 +127,7 @@ def load(
     from .calibration import Calibration
     from .features import FeatureTap
     from .models import unwrap
-    from .scores import ClassGaussians
+    from .scores import ClassGaussians, OddsTerm
     from .vae import FeatureVAE, ImageVAE
 
     tensors, meta = files.read(path, KIND, VERSION)
@@ -166,7 +168,9 @@ def load(
                 gaussians.load_state_dict(state)
                 screener._gaussians[part] = gaussians.to(screener.device)
         screener.r2 = math.nan if meta["r2"] is None else meta["r2"]
-        screener.n_fit, screener.n_classes, screener.weight = meta["n_fit"], meta["n_classes"], meta["weight"]
+        screener.n_fit, screener.n_classes = meta["n_fit"], meta["n_classes"]
+        screener.weight = meta["weight"]
+        screener.odds_term = None if meta["odds_term"] is None else OddsTerm(**meta["odds_term"])
         screener._consistent_by, screener.consistency_note = meta["consistent_by"], meta["consistency_note"]
         screener.notes[:] = meta["notes"]
         screener.weights_hash = meta["weights_hash"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .features import FeatureTap, Tapped
 from .logits import find_logits, predicted
 from .ops import reconstruction_distance, vae_reconstruction_distance
-from .scores import ClassGaussians, beniful_score, norm_score, softmax_score
+from .scores import ClassGaussians, OddsTerm, beniful_score, norm_score, softmax_score
 from .vae import FeatureVAE, ImageVAE
 
 PRECISIONS = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,6 +56,7 @@ class Pipeline:
     consistency: bool | None
     n_classes: int
     weight: float
+    odds_term: OddsTerm | None
     _takes_channels_last: bool | None = None
 
     @contextmanager
@@ -137,9 +138,9 @@ class Pipeline:
         out = self._tapped(x.clone() if again else x)
         z, classes = out.joined, predicted(out.logits)
         self.n_classes = max(out.logits.shape[1], 2)
-        raw = Raw(z, classes, out.peaks)
+        raw = Raw(z, classes, out.peaks, softmax_score(out.logits) if self.score_kind in ("combined", "softmax") else None)
         if self.score_kind == "softmax":
-            return raw._replace(odds=softmax_score(out.logits))
+            return raw
         if self._vae is None or not again:
             return raw
         distance, consistent = self._second(x, z, out, classes)
@@ -201,7 +202,10 @@ class Pipeline:
             distance = vae_reconstruction_distance(z, vae)
         if self._consistent_by == "head":
             consistent = self._head(vae(z) * vae.std + vae.mean) == classes
-        return beniful_score(distance, consistent, self.weight, beside), classes, consistent
+        scores = beniful_score(distance, consistent, self.weight, beside)
+        if self.odds_term is not None and raw.odds is not None:
+            scores = scores + self.odds_term(raw.odds)
+        return scores, classes, consistent
 
     def _choose_consistency(self, z: Tensor, classes: Tensor) -> tuple[str | None, str]:
         """How consistency is computed, and if it is not, why."""

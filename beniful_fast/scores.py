@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .logits import unsquashed
+
 # Shares of the samples on which `typical` fits, step by step.
 CONCENTRATION = (*[0.5] * 5, 0.9)
 SHRINKAGE, ROWS_PER_FEATURE = 0.01, 2  # of a covariance, where there are so many images a feature
+ODDS, ODDS_RANGE = 3.0, (0.25, 0.95)  # chosen on the zoo, see docs/decisions.md
 SCORES = ("combined", "beniful", "mahalanobis", "norm", "softmax")
 
 
@@ -47,12 +51,45 @@ def norm_score(t: Tensor) -> Tensor:
 def softmax_score(logits: Tensor) -> Tensor:
     """Log-odds of the largest softmax probability, from logits (N, K): triggered inputs are classified with unusual confidence.
 
-    Log-odds instead of the probability, which saturates at 1 in float32.
+    Log-odds instead of the probability, which saturates at 1 in float32. Rows that a softmax has made probabilities of already are taken
+    as such.
     """
     logits = logits.float()
+    if logits.shape[1] == 1:
+        return logits[:, 0].abs()
+    squashed = ((logits >= 0) & (logits <= 1)).all(1) & ((logits.sum(1) - 1).abs() < 1e-2)
+    logits = torch.where(squashed[:, None], unsquashed(logits), logits)
     top, which = logits.max(1)
     others = logits.scatter(1, which[:, None], float("-inf"))
-    return top - others.logsumexp(1) if logits.shape[1] > 1 else top.abs()
+    return top - others.logsumexp(1)
+
+
+@dataclass(frozen=True)
+class OddsTerm:
+    """v odds, what a score adds for the log-odds of the predicted class, which triggered inputs often raise.
+
+    v = min(1, ODDS (1 - mean confidence)) iqr(scores) / iqr(odds): a model that is sure of most clean images tells little by being sure,
+    one that is not is unusually sure of triggered ones. The odds count as those of a usual clean image at most, from the lower quartile
+    to the 95th percentile, so that no input is excused for the doubt of the model, nor condemned for its certainty alone.
+    """
+
+    weight: float
+    low: float
+    high: float
+
+    @classmethod
+    def fit(cls, scores: Tensor, odds: Tensor) -> OddsTerm:
+        """From the other terms' score and the log-odds, both (N,), of the fit half."""
+        finite = odds[odds.isfinite()].double().cpu()
+        width = iqr(odds)
+        if not width > 0:
+            return cls(0.0, 0.0, 0.0)
+        low, high = finite.quantile(torch.tensor(ODDS_RANGE, dtype=torch.float64, device="cpu")).tolist()
+        return cls(min(1.0, ODDS * (1 - float(finite.sigmoid().mean()))) * iqr(scores) / width, low, high)
+
+    def __call__(self, odds: Tensor) -> Tensor:
+        """(N,) from log-odds (N,); NaN stays NaN."""
+        return self.weight * odds.clamp(self.low, self.high)
 
 
 def spread(z: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .calibration import Calibration, check_count, check_options, images_needed
 from .features import FeatureTap
 from .pipeline import PRECISIONS, Pipeline, Raw, join
 from .results import ScreeningResult
-from .scores import ROWS_PER_FEATURE, SCORES, ClassGaussians, iqr, typical
+from .scores import ROWS_PER_FEATURE, SCORES, ClassGaussians, OddsTerm, iqr, typical
 from .vae import MINIMUM, FeatureVAE, fit_image_vae, fit_vae
 
 READINGS = ("features", "images")
@@ -38,7 +38,8 @@ class Screener(Pipeline):
 
     A VAE learns the clean features; s = log d + w [inconsistent] with d the standardised reconstruction error, inconsistent when the
     model's head predicts another class from the reconstructed feature, and w the interquartile range of log d. To that the default adds
-    log m, the class-conditional Mahalanobis distance of the same features. A higher score is more suspicious. p-values are
+    log m, the class-conditional Mahalanobis distance, of the same features and of their peaks, and v times the log-odds of the predicted
+    class, with v the larger the less sure the model is of clean images (`OddsTerm`). A higher score is more suspicious. p-values are
     split-conformal: p = (1 + #{calibration scores >= s}) / (n + 1) on clean images that nothing was fitted on.
 
     Args:
@@ -51,8 +52,8 @@ class Screener(Pipeline):
         precision: None for the model's own dtype, "bf16" or "fp16" for autocast.
         device: None for the model's own; for another one a copy of the model is made there.
         seed: of the split into fit and calibration halves and of the VAE's training.
-        score: "combined"; "beniful" without log m; or a baseline on the same features: "mahalanobis" (class-conditional), "norm"
-            (|t|^2 / D), "softmax".
+        score: "combined"; "beniful" without log m and the odds; or a baseline on the same features: "mahalanobis" (class-conditional),
+            "norm" (|t|^2 / D), "softmax".
         guarantee: "marginal", or "pac" to hold for this calibration set with probability 1 - delta.
         delta: see `guarantee`.
         two_sided: unusually small scores are suspicious too.
@@ -119,6 +120,7 @@ class Screener(Pipeline):
         self.n_fit = 0
         self.n_classes = 0
         self.weight = 0.0
+        self.odds_term: OddsTerm | None = None
         self.consistency_note = "not fitted yet"
         self.weights_hash = ""
         self._consistent_by: str | None = None
@@ -179,7 +181,8 @@ class Screener(Pipeline):
         self.n_fit = len(fit_raw.z)
         with torch.autocast(self.device.type, enabled=False):
             self._learn(fit_raw, fit_images)
-        held_scores, held_predictions, _ = self._from_cache(held_raw, held_images)
+        with self._undisturbed():
+            held_scores, held_predictions, _ = self._finish(self._complete(held_raw, held_images))
         self._calibrate(held_scores, held_predictions)
         self.weights_hash = persistence.weights_hash(self.model)
         return self
@@ -324,11 +327,14 @@ class Screener(Pipeline):
             if bad:
                 cure = "remove or repair them" + ("" if values is raw.z else ", or pass score='beniful', which takes no peaks")
                 raise ValueError(f"{name}: {bad} of {len(raw.z)} images give NaN or infinite {what}; {cure}")
+        # Infinite odds are sound: a model may rule out the other classes.
+        if raw.odds is not None and (bad := int(raw.odds.isnan().sum())):
+            raise ValueError(f"{name}: {bad} of {len(raw.z)} images give NaN logits; remove or repair them, or pass score='beniful'")
 
     def _learn(self, raw: Raw, images: Tensor | None) -> None:
         """Everything that is fitted, from the fit half alone."""
         z, classes = raw.z, raw.classes
-        self._vae, self._consistent_by, self._gaussians = None, None, {}
+        self._vae, self._consistent_by, self._gaussians, self.odds_term = None, None, {}, None
         self.r2 = math.nan
         doubts = []
         if bool((classes == classes[0]).all()):
@@ -354,12 +360,15 @@ class Screener(Pipeline):
         else:
             self._vae, self.r2 = fit_vae(z[keep], latent=self.latent, seed=self.seed)
             self._consistent_by, self.consistency_note = self._choose_consistency(z, classes)
-        # The weight is that of log d alone, so d is scored without it first.
+        # The weight is that of log d alone, so d is scored without it first; the weight of the odds that of all the rest.
         self.weight = 0.0
-        log_d, _, _ = self._from_cache(raw, images)
-        self.weight = iqr(log_d)
-        if self.score_kind == "combined":
-            self._fit_gaussians(raw, keep)
+        raw = self._complete(raw, images)
+        with self._undisturbed():
+            self.weight = iqr(self._finish(raw)[0])
+            if self.score_kind == "combined":
+                assert raw.odds is not None
+                self._fit_gaussians(raw, keep)
+                self.odds_term = OddsTerm.fit(self._finish(raw)[0], raw.odds)
 
     def _fit_gaussians(self, raw: Raw, keep: Tensor) -> None:
         for part in ("z", "peaks"):
@@ -380,13 +389,13 @@ class Screener(Pipeline):
             self.notes.append(f"left out {count} of {n} fit images, the farthest of their class: clean sets may hold triggered images")
         return keep
 
-    def _from_cache(self, raw: Raw, images: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Scores of images whose raw values are cached; those that need the images run again."""
+    def _complete(self, raw: Raw, images: Tensor | None) -> Raw:
+        """Raw values of images that were cached before the VAE was there; those that need the images run again."""
+        if self._consistent_by not in ("image", "second forward"):
+            return raw
+        assert images is not None
         with self._undisturbed():
-            if self._consistent_by in ("image", "second forward"):
-                assert images is not None
-                raw = join([self._forward(part) for part in self._split(images)])
-            return self._finish(raw)
+            return join([self._forward(part) for part in self._split(images)])
 
     def _calibrate(self, scores: Tensor, classes: Tensor) -> None:
         self._calibration = Calibration(

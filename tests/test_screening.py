@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from beniful_fast.features import FeatureTap
 from beniful_fast.pipeline import Raw
 from beniful_fast.results import ScreeningResult
-from beniful_fast.scores import SCORES, ClassGaussians, iqr, oracle_shrinkage, typical
+from beniful_fast.scores import SCORES, ClassGaussians, OddsTerm, iqr, oracle_shrinkage, softmax_score, typical
 from beniful_fast.screening import Screener
 from beniful_fast.vae import fit_vae
 
@@ -71,12 +72,24 @@ def test_score_is_the_log_of_each_distance_plus_weighted_inconsistency(model, sc
             centred = {"z": z, "peaks": maps.amax((2, 3))}[part] - gaussians.means[model(x).argmax(1)]
             log_m += (centred @ (gaussians.whiten.T @ gaussians.whiten) * centred).mean(1).log()
     assert torch.equal(r.consistent, consistent)
-    torch.testing.assert_close(r.scores, d.log() + log_m + screener.weight * (~consistent), rtol=1e-3, atol=1e-3)
+    p = model(x).softmax(1).amax(1).detach()
+    want = d.log() + log_m + screener.weight * (~consistent)
+    term = screener.odds_term
+    assert (term is not None) == (score == "combined")
+    if term is not None:
+        want = want + term.weight * (p / (1 - p)).log().clamp(term.low, term.high)
+    torch.testing.assert_close(r.scores, want, rtol=1e-3, atol=1e-3)
     fitted = CLEAN[torch.randperm(160, generator=torch.Generator().manual_seed(0))[:80]]
     with torch.no_grad():
         z = FeatureTap(model)(fitted).joined
         log_d = (vae.standardize(z) - vae(z)).square().mean(1).log()
+        p = model(fitted).softmax(1).amax(1)
     assert screener.weight == pytest.approx(iqr(log_d), rel=1e-3)
+    if term is not None:
+        odds = (p / (1 - p)).log()
+        share = min(1, 3 * (1 - float(p.mean())))
+        assert term.weight == pytest.approx(share * iqr(screener.score(fitted) - term(odds)) / iqr(odds), rel=1e-2)
+        assert [term.low, term.high] == pytest.approx(odds.quantile(torch.tensor([0.25, 0.95])).tolist(), rel=1e-3)
     assert torch.equal(r.predictions, model(x).argmax(1))
 
 
@@ -88,7 +101,7 @@ def test_nothing_looks_at_the_calibration_half(model):
     changed[held] = torch.rand_like(changed[held]) * 5
     second = Screener(model).fit(changed)
     assert all(torch.equal(a, b) for a, b in zip(first._vae.state_dict().values(), second._vae.state_dict().values(), strict=True))
-    assert first.weight == second.weight
+    assert (first.weight, first.odds_term) == (second.weight, second.odds_term)
     assert not torch.equal(first.calibration.scores, second.calibration.scores)
 
 
@@ -259,6 +272,56 @@ def test_shrinkage_is_that_of_scikit_learn(n, dim):
     t = torch.randn(n, dim, generator=torch.Generator().manual_seed(n), dtype=torch.float64) * torch.linspace(0.1, 2, dim)
     want = covariance.oas(t.numpy(), assume_centered=True)[1]
     assert oracle_shrinkage(t.T @ t / n, n) == pytest.approx(want, rel=1e-6)
+
+
+def test_log_odds_of_logits_and_of_probabilities():
+    logits = 3 * torch.randn(500, 7, generator=torch.Generator().manual_seed(5))
+    p = logits.double().softmax(1).amax(1)
+    want = (p / (1 - p)).log().float()
+    torch.testing.assert_close(softmax_score(logits), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(softmax_score(logits.softmax(1)), want, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(softmax_score(logits[:, :1]), logits[:, 0].abs())
+    inf = float("inf")
+    extreme = softmax_score(torch.tensor([[1000.0, 0, 0], [0, -inf, -inf], [1.0, 0, 0], [float("nan"), 0, 0], [0.5, 0.5, 0.0]]))
+    assert extreme[0].isfinite()
+    assert extreme[1] == inf
+    assert extreme[3].isnan()
+    assert extreme[4] == 0
+
+
+def test_the_weight_of_the_odds_follows_the_doubt_of_the_model():
+    generator = torch.Generator().manual_seed(6)
+    scores = 2 * torch.randn(2000, generator=generator)
+    weights = []
+    for shift in (0.0, 2.0, 4.0):
+        odds = torch.randn(2000, generator=generator) + shift
+        weights.append(OddsTerm.fit(scores, odds).weight * iqr(odds) / iqr(scores))
+        assert weights[-1] == pytest.approx(min(1.0, 3 * (1 - float(odds.sigmoid().mean()))), rel=1e-4)
+    assert weights[0] == 1
+    assert 0 < weights[2] < 0.2 < weights[1]
+    term = OddsTerm.fit(scores, odds)
+    beyond = term(torch.tensor([-1e9, 1e9, float("inf"), float("nan")]))
+    assert beyond[:3].tolist() == pytest.approx([term.weight * term.low, *[term.weight * term.high] * 2])
+    assert beyond[3].isnan()
+    assert not OddsTerm.fit(scores, torch.full((2000,), 3.0))(odds).any()
+    assert not OddsTerm.fit(scores, torch.full((2000,), float("inf")))(odds).any()
+
+
+def test_a_model_that_gives_probabilities_scores_as_one_that_gives_logits(model):
+    squashed = nn.Sequential(model, nn.Softmax(1))
+    a, b = Screener(model, layer="fc:input").fit(CLEAN), Screener(squashed, layer="0.fc:input").fit(CLEAN)
+    x = images(40, seed=8)
+    assert b.odds_term.weight == pytest.approx(a.odds_term.weight, rel=1e-3)
+    torch.testing.assert_close(a.score(x), b.score(x), rtol=1e-3, atol=2e-3)
+
+
+def test_clean_images_with_nan_logits_are_refused(model):
+    broken = deepcopy(model)
+    with torch.no_grad():
+        broken.fc.bias[1] = float("nan")
+    with pytest.raises(ValueError, match="160 of 160 images give NaN logits"):
+        Screener(broken).fit(CLEAN)
+    Screener(broken, score="beniful", consistency=False).fit(CLEAN)
 
 
 @pytest.mark.parametrize("score", ["combined", "beniful", "mahalanobis", "norm", "softmax"])
