@@ -22,14 +22,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ..augment import crop_and_flip
-from ..logits import predicted, two_logits
 from ..ops import feature_distance_loss
 from ..vae import FeatureVAE, fit_vae
 from .adversarial import Perturbation
+from .recovery import Lost, complement, divergence, fooling
 from .stages import Taps, find_stages, last_layers
 from .training import PREDICT_BATCH, Job, Recipe, check_at_least_0, train
 
@@ -171,7 +169,7 @@ class _Loss:
 
     def __init__(self, job: Job, options: Options, epochs: int, wanted: Taps, taps: Taps) -> None:
         self.job, self.options, self.epochs, self.wanted, self.taps = job, options, epochs, wanted, taps
-        self.suspects: tuple[Tensor, Tensor] | None = None
+        self.suspects: Lost | None = None
         self.adversarial: list[Tensor] = []
         self.forgetting = self.collecting = False
         # Half of the epochs at least: earlier the repaired model's classes are little worth.
@@ -187,9 +185,9 @@ class _Loss:
         self.collecting = self.forgetting and epoch + 1 >= self.options.forget * self.epochs and self.job.suspicious is None
         if epoch == self.recovers_from and self.options.suspicious_weight:
             if self.job.suspicious is not None:
-                self.suspects = self._find_suspects(self.job.suspicious, "suspicious inputs")
+                self.suspects = Lost(self.job, self.job.suspicious, "suspicious inputs", self.generator, self.options)
             elif any(map(len, self.adversarial)):
-                self.suspects = self._find_suspects(torch.cat(self.adversarial), "adversarial images")
+                self.suspects = Lost(self.job, torch.cat(self.adversarial), "adversarial images", self.generator)
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
@@ -200,8 +198,8 @@ class _Loss:
     def _follow(self, x: Tensor, y: Tensor, goals: list[Tensor], teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy, distillation, and the feature distance of clean images; what suspicious ones are not."""
         options, n = self.options, len(x)
-        if self.suspects is not None:
-            shown, classes = self._some_suspects(n)
+        if self.suspects:
+            shown, classes = self.suspects.draw(n)
             # One pass for both, so that BatchNorm sees them as one batch.
             x = torch.cat([x, shown])
         logits, features = self.job.logits(self.job.student, x), [z[:n] for z in self.taps.pooled()]
@@ -213,7 +211,7 @@ class _Loss:
         if options.distill:
             total = total + options.distill * divergence(logits, teacher, options.temperature)
         terms = {"feature_distance": distance}
-        if self.suspects is not None:
+        if self.suspects:
             lost = complement(suspicious, classes)
             terms["adversarial" if self.job.suspicious is None else "suspicious"] = lost
             total = total + options.suspicious_weight * lost
@@ -222,14 +220,7 @@ class _Loss:
     def _forget(self, x: Tensor, y: Tensor, goals: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of clean images, and the feature distance of adversarial ones from them."""
         job = self.job
-
-        def summed(images: Tensor) -> Tensor:
-            # A mean would make the gradients of large batches vanish in half precision.
-            return job.cross_entropy(job.logits(job.frozen, images), y) * len(images)
-
-        changed = self.perturb(summed, x)
-        with torch.no_grad():
-            fooled = predicted(job.logits(job.frozen, changed)) != y
+        changed, fooled = fooling(job, self.perturb, x, y)
         if self.collecting:
             self.adversarial.append(changed[fooled].cpu())
         self.wanted.pooled()  # those of the adversarial images are not wanted
@@ -262,32 +253,6 @@ class _Loss:
                 makers.append(partial(_class_mean, means))
         return makers
 
-    def _find_suspects(self, images: Tensor, what: str) -> tuple[Tensor, Tensor] | None:
-        """The inputs that the repaired student and the backdoored model class differently, with the latter's classes.
-
-        Of suspicious inputs those carry the trigger: a clean one that was flagged by mistake mostly keeps its class under the repair.
-        """
-        old, new = (predicted(self.job.outputs(model, images)).cpu() for model in (self.job.frozen, self.job.student))
-        changed = old != new
-        lost = f"{int(changed.sum())} of {len(changed)} {what}"
-        self.job.notes.append(f"{lost} lost the backdoored model's class and are trained on")
-        # What they are is not known, the student's guess may be wrong; what they are not is.
-        return (images[changed], old[changed]) if bool(changed.any()) else None
-
-    def _some_suspects(self, n: int) -> tuple[Tensor, Tensor]:
-        """A quarter as many as a batch's n images, augmented as these are, with their classes, on the device.
-
-        Adversarial images were made of augmented ones.
-        """
-        assert self.suspects is not None
-        images, classes = self.suspects
-        rows = torch.randint(0, len(images), (max(2, n // 4),), generator=self.generator)
-        x = self.job.to_device(images[rows])
-        if self.options.augment and x.dim() == 4 and self.job.suspicious is not None:
-            padding, flips = self.job.bearable(self.options)
-            x = crop_and_flip(x, padding, flips=flips, generator=self.generator)
-        return x, classes[rows].to(self.job.device)
-
 
 def _reconstruction(vae: FeatureVAE, z: Tensor, y: Tensor) -> Tensor:
     return (vae(z.float()) * vae.std + vae.mean).to(z.dtype)
@@ -295,16 +260,3 @@ def _reconstruction(vae: FeatureVAE, z: Tensor, y: Tensor) -> Tensor:
 
 def _class_mean(means: Tensor, z: Tensor, y: Tensor) -> Tensor:
     return means[y]
-
-
-def complement(logits: Tensor, classes: Tensor) -> Tensor:
-    """-log(1 - p) of the classes, mean over the batch: learning from complementary labels (Kim et al. 2019, arXiv 1908.07387)."""
-    both = two_logits(logits)
-    others = both.scatter(1, classes[:, None], -math.inf)
-    return (both.logsumexp(1) - others.logsumexp(1)).mean()
-
-
-def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """KL divergence of the student's softened classes from the teacher's, times T^2 (Hinton et al. 2015)."""
-    ours, theirs = (F.log_softmax(two_logits(v) / temperature, 1) for v in (logits, teacher))
-    return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")

@@ -11,7 +11,8 @@ from beniful_fast.attacks import BadNets
 from beniful_fast.evaluation.networks import network
 from beniful_fast.removal import remove
 from beniful_fast.removal.adversarial import Perturbation
-from beniful_fast.removal.beniful import complement, divergence, start_anew
+from beniful_fast.removal.beniful import start_anew
+from beniful_fast.removal.recovery import complement, divergence
 from beniful_fast.removal.results import figures_moved
 from beniful_fast.removal.stages import Taps, find_stages, last_layers
 from beniful_fast.removal.training import learning_rate
