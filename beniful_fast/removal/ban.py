@@ -54,7 +54,6 @@ class Options(Recipe):
     hold: float = 3.0
     clean_statistics: bool = False
     epochs: int = 12
-    lr: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
