@@ -73,7 +73,8 @@ def run(job: Job, options: Options) -> None:
     BatchNorm's statistics follow f(x) alone.
 
     Raises:
-        ValueError: the model runs no norm layer with affine terms, or recomputes activations in its backward pass.
+        ValueError: the model runs no norm layer with affine terms, recomputes activations in its backward pass, or passes no gradient
+            to its images, which `hold` needs.
     """
     if reason := unfit(copied(job.student).train(), job.to_device(job.data.images[:8])):
         raise ValueError(f"model: {reason}")
@@ -96,6 +97,10 @@ class _Loss:
         self.lost: Lost | None = None
         self.generator, self.draws, start = (torch.Generator().manual_seed(job.seed + k) for k in range(3))
         self.perturb = Perturbation(job.data.images, EPS, STEPS, start)
+        if options.hold and self.recovers_from < options.epochs:
+            # A model that passes no gradient to its images is refused now, not after half of the work.
+            x, y = job.to_device(job.data.images[:2]), job.data.labels[:2].to(job.device)
+            fooling(job, Perturbation(job.data.images, EPS, 1, torch.Generator()), x, y)
 
     def begin(self, epoch: int) -> None:
         """Called before each epoch, from 0."""

@@ -109,6 +109,19 @@ def test_the_recovery_brings_accuracy_back_and_not_the_backdoor() -> None:
     assert not any("adversarial" in row for row in without.history)
 
 
+class Cut(SmallNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+def test_a_model_that_cuts_the_gradient_of_its_images_is_refused_at_once_or_does_without() -> None:
+    rows: list[dict[str, object]] = []
+    with pytest.raises(ValueError, match="no gradient reaches its images"):
+        remove(seeded(Cut), labelled(), method="ban", epochs=4, progress=rows.append)
+    assert not rows
+    assert len(remove(seeded(Cut), labelled(), method="ban", epochs=4, hold=0.0).history) == 4
+
+
 def test_layer_norm_does_and_no_norm_layer_is_refused() -> None:
     assert not remove(seeded(Tokens), labelled(), method="ban", epochs=1).did_nothing
     with pytest.raises(ValueError, match="Plain has no norm layer with affine terms"):
