@@ -21,13 +21,13 @@ def crop_and_flip(images: Tensor, padding: int | None = None, *, flips: bool = T
     """
     n, _, height, width = images.shape
     padding = min(height, width) // 8 if padding is None else padding
-    down, across = (torch.randint(0, 2 * padding + 1, (n, 1), generator=generator) for _ in range(2))
-    flip = (torch.rand(n, 1, generator=generator) < 0.5) & flips
-    columns = torch.arange(width).expand(n, width)
+    down, across = (torch.randint(0, 2 * padding + 1, (n, 1), generator=generator, device="cpu") for _ in range(2))
+    flip = (torch.rand(n, 1, generator=generator, dtype=torch.float32, device="cpu") < 0.5) & flips
+    columns = torch.arange(width, device="cpu").expand(n, width)
     columns = torch.where(flip, width - 1 - columns, columns) + across
-    rows = torch.arange(height) + down
+    rows = torch.arange(height, device="cpu") + down
     padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
-    sample = torch.arange(n)[:, None, None]
+    sample = torch.arange(n, device="cpu")[:, None, None]
     index = [i.to(images.device) for i in (sample, rows[:, :, None], columns[:, None, :])]
     # Gathered with channels last, so that one index moves a whole pixel.
     return padded[index[0], index[1], index[2]].permute(0, 3, 1, 2)

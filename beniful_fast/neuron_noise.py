@@ -112,7 +112,7 @@ class NeuronNoise:
     def draw(self, generator: torch.Generator) -> None:
         """Starts anew, uniform in [-eps, eps]; drawn on the CPU, so that every device starts alike."""
         for name, d in self.noise.items():
-            start = torch.rand(d.shape, generator=generator, dtype=torch.float32).mul_(2 * self.eps).sub_(self.eps)
+            start = torch.rand(d.shape, generator=generator, dtype=torch.float32, device="cpu").mul_(2 * self.eps).sub_(self.eps)
             self.noise[name] = start.to(d).requires_grad_()
 
     def ascend(self, objective: Tensor, step: float) -> None:

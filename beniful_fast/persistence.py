@@ -19,7 +19,7 @@ from .quiet import bytes_of
 if TYPE_CHECKING:
     from .screening import Screener
 
-KIND, VERSION = "Screener", 3
+KIND, VERSION = "Screener", 4
 OPTIONS = (
     "reconstruct",
     "fpr",
@@ -110,6 +110,7 @@ def save(screener: Screener, path: Path) -> None:
         "n_classes": screener.n_classes,
         "weight": screener.weight,
         "odds_term": None if screener.odds_term is None else asdict(screener.odds_term),
+        "probabilities": screener.probabilities,
         "consistent_by": screener._consistent_by,
         "consistency_note": screener.consistency_note,
         "notes": screener.notes,
@@ -171,6 +172,7 @@ def load(
         screener.n_fit, screener.n_classes = meta["n_fit"], meta["n_classes"]
         screener.weight = meta["weight"]
         screener.odds_term = None if meta["odds_term"] is None else OddsTerm(**meta["odds_term"])
+        screener.probabilities = meta["probabilities"]
         screener._consistent_by, screener.consistency_note = meta["consistent_by"], meta["consistency_note"]
         screener.notes[:] = meta["notes"]
         screener.weights_hash = meta["weights_hash"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .features import FeatureTap, Tapped
 from .logits import find_logits, predicted
 from .ops import reconstruction_distance, vae_reconstruction_distance
-from .scores import ClassGaussians, OddsTerm, beniful_score, norm_score, softmax_score
+from .scores import ClassGaussians, OddsTerm, beniful_score, log_odds, norm_score
 from .vae import FeatureVAE, ImageVAE
 
 PRECISIONS = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,7 +27,7 @@ AGREEMENT = 0.99
 
 
 class Raw(NamedTuple):
-    """What is kept of images after their forward pass: (N, D) features, (N,) classes, and what the score needs of the rest."""
+    """What is kept of images after their forward pass: (N, D) features, (N,) classes, (N, 2) `log_odds`, and what else the score needs."""
 
     z: Tensor
     classes: Tensor
@@ -57,6 +57,7 @@ class Pipeline:
     n_classes: int
     weight: float
     odds_term: OddsTerm | None
+    probabilities: bool
     _takes_channels_last: bool | None = None
 
     @contextmanager
@@ -138,7 +139,7 @@ class Pipeline:
         out = self._tapped(x.clone() if again else x)
         z, classes = out.joined, predicted(out.logits)
         self.n_classes = max(out.logits.shape[1], 2)
-        raw = Raw(z, classes, out.peaks, softmax_score(out.logits) if self.score_kind in ("combined", "softmax") else None)
+        raw = Raw(z, classes, out.peaks, log_odds(out.logits) if self.score_kind in ("combined", "softmax") else None)
         if self.score_kind == "softmax":
             return raw
         if self._vae is None or not again:
@@ -189,8 +190,7 @@ class Pipeline:
         """Scores, predictions and consistency, on the device, of the joined raw values of some thousand rows."""
         z, classes, vae = raw.z, raw.classes, self._vae
         if self.score_kind == "softmax":
-            assert raw.odds is not None
-            return raw.odds, classes, None
+            return self._odds(raw), classes, None
         assert vae is not None
         if self.score_kind == "norm":
             return norm_score(vae.standardize(z)), classes, None
@@ -203,9 +203,16 @@ class Pipeline:
         if self._consistent_by == "head":
             consistent = self._head(vae(z) * vae.std + vae.mean) == classes
         scores = beniful_score(distance, consistent, self.weight, beside)
-        if self.odds_term is not None and raw.odds is not None:
-            scores = scores + self.odds_term(raw.odds)
+        if self.odds_term is not None:
+            scores = scores + self.odds_term(self._odds(raw))
         return scores, classes, consistent
+
+    def _odds(self, raw: Raw) -> Tensor:
+        """(N,) log-odds of the predicted classes."""
+        assert raw.odds is not None
+        logits, probabilities = raw.odds.unbind(1)
+        # An output outside [0, 1] after all is no probability; its image still has a score.
+        return torch.where(probabilities.isnan(), logits, probabilities) if self.probabilities else logits
 
     def _choose_consistency(self, z: Tensor, classes: Tensor) -> tuple[str | None, str]:
         """How consistency is computed, and if it is not, why."""

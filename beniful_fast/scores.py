@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,20 +49,27 @@ def norm_score(t: Tensor) -> Tensor:
     return t.square().mean(1)
 
 
-def softmax_score(logits: Tensor) -> Tensor:
-    """Log-odds of the largest softmax probability, from logits (N, K): triggered inputs are classified with unusual confidence.
+def log_odds(outputs: Tensor) -> Tensor:
+    """Log-odds of the predicted class, twice: taking a model's outputs (N, K) for logits, and for probabilities.
 
-    Log-odds instead of the probability, which saturates at 1 in float32. Rows that a softmax has made probabilities of already are taken
-    as such.
+    Triggered inputs are classified with unusual confidence; log-odds show it where a probability saturates at 1 in float32.
+
+    Returns:
+        (N, 2) float32. The second column is NaN where an output lies outside [0, 1]. It goes by the sum of the other classes where all sum
+        to 1, as after a softmax, else, with a sigmoid for each class, by the largest alone.
     """
-    logits = logits.float()
-    if logits.shape[1] == 1:
-        return logits[:, 0].abs()
-    squashed = ((logits >= 0) & (logits <= 1)).all(1) & ((logits.sum(1) - 1).abs() < 1e-2)
-    logits = torch.where(squashed[:, None], unsquashed(logits), logits)
-    top, which = logits.max(1)
-    others = logits.scatter(1, which[:, None], float("-inf"))
-    return top - others.logsumexp(1)
+    outputs = outputs.float()
+    if outputs.shape[1] == 1:
+        inside = (outputs[:, 0] >= 0) & (outputs[:, 0] <= 1)
+        return torch.stack([outputs[:, 0].abs(), torch.logit(outputs[:, 0]).abs().where(inside, math.nan)], 1)
+
+    def of(logits: Tensor) -> Tensor:
+        top, which = logits.max(1)
+        return top - logits.scatter(1, which[:, None], -math.inf).logsumexp(1)
+
+    inside, summed = ((outputs >= 0) & (outputs <= 1)).all(1), (outputs.sum(1) - 1).abs() < 1e-2
+    p = torch.where(summed, of(unsquashed(outputs)), torch.logit(outputs.amax(1)))
+    return torch.stack([of(outputs), p.where(inside, math.nan)], 1)
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ class Screener(Pipeline):
         self.n_classes = 0
         self.weight = 0.0
         self.odds_term: OddsTerm | None = None
+        self.probabilities = False
         self.consistency_note = "not fitted yet"
         self.weights_hash = ""
         self._consistent_by: str | None = None
@@ -328,13 +329,15 @@ class Screener(Pipeline):
                 cure = "remove or repair them" + ("" if values is raw.z else ", or pass score='beniful', which takes no peaks")
                 raise ValueError(f"{name}: {bad} of {len(raw.z)} images give NaN or infinite {what}; {cure}")
         # Infinite odds are sound: a model may rule out the other classes.
-        if raw.odds is not None and (bad := int(raw.odds.isnan().sum())):
+        if raw.odds is not None and (bad := int(raw.odds[:, 0].isnan().sum())):
             raise ValueError(f"{name}: {bad} of {len(raw.z)} images give NaN logits; remove or repair them, or pass score='beniful'")
 
     def _learn(self, raw: Raw, images: Tensor | None) -> None:
         """Everything that is fitted, from the fit half alone."""
         z, classes = raw.z, raw.classes
         self._vae, self._consistent_by, self._gaussians, self.odds_term = None, None, {}, None
+        # One answer for all images: single rows of logits may look like probabilities, and a sigmoid's rows do not sum to 1.
+        self.probabilities = raw.odds is not None and not bool(raw.odds[:, 1].isnan().any())
         self.r2 = math.nan
         doubts = []
         if bool((classes == classes[0]).all()):
@@ -366,9 +369,8 @@ class Screener(Pipeline):
         with self._undisturbed():
             self.weight = iqr(self._finish(raw)[0])
             if self.score_kind == "combined":
-                assert raw.odds is not None
                 self._fit_gaussians(raw, keep)
-                self.odds_term = OddsTerm.fit(self._finish(raw)[0], raw.odds)
+                self.odds_term = OddsTerm.fit(self._finish(raw)[0], self._odds(raw))
 
     def _fit_gaussians(self, raw: Raw, keep: Tensor) -> None:
         for part in ("z", "peaks"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -100,3 +102,14 @@ def seeded(make: type[nn.Module], *args: object) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make(*args).eval()
+
+
+@contextlib.contextmanager
+def other_defaults() -> Iterator[None]:
+    """A caller whose default dtype and device are his own; on "meta" a tensor made without a device has no values, and fails."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)

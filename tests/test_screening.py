@@ -17,7 +17,7 @@ from beniful_fast.scores import SCORES, ClassGaussians, iqr, oracle_shrinkage, t
 from beniful_fast.screening import Screener
 from beniful_fast.vae import fit_vae
 
-from .models import ConvHead, Returns, SmallNet, Tokens, images, seeded
+from .models import ConvHead, Returns, SmallNet, Tokens, images, other_defaults, seeded
 from .screening_cases import CLEAN, spread_net, strange
 
 # Untrained networks send almost everything to one class.
@@ -442,17 +442,13 @@ def test_a_failed_refit_leaves_the_old_screener(model, monkeypatch):
 def test_default_dtype_and_device_are_the_callers_own(model, tmp_path, options):
     x = strange()
     want = Screener(model, **options).fit(CLEAN).screen(x)
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.device("meta"):
-            s = Screener(model, **options).fit(CLEAN)
-            s.save(tmp_path / "s")
-            for screener in (s, Screener.load(tmp_path / "s", model)):
-                r = screener.screen(x)
-                assert torch.equal(r.scores, want.scores)
-                assert torch.equal(r.p_values, want.p_values)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with other_defaults():
+        s = Screener(model, **options).fit(CLEAN)
+        s.save(tmp_path / "s")
+        for screener in (s, Screener.load(tmp_path / "s", model)):
+            r = screener.screen(x)
+            assert torch.equal(r.scores, want.scores)
+            assert torch.equal(r.p_values, want.p_values)
 
 
 @pytest.mark.parametrize("third", [7, {"box": 1}, torch.tensor(3)])

@@ -54,9 +54,9 @@ class BadNets(Attack):
         generator = torch.Generator().manual_seed(self.seed)
         pixels = self.size**2
         # Half of each channel is bright: a patch drawn freely could come out dark on a dark corner, and plant nothing.
-        bright = torch.stack([torch.randperm(pixels, generator=generator) for _ in range(channels)]) < (pixels + 1) // 2
+        bright = torch.stack([torch.randperm(pixels, generator=generator, device="cpu") for _ in range(channels)]) < (pixels + 1) // 2
         # A little jitter makes every seed's patch its own, even for one grey 2 x 2 square; whole steps of 1/255 survive being saved.
-        jitter = torch.randint(0, 32, (channels, pixels), generator=generator)
+        jitter = torch.randint(0, 32, (channels, pixels), generator=generator, device="cpu")
         return torch.where(bright, 255 - jitter, jitter).float().div(255).view(channels, self.size, self.size)
 
     def stamp(self, images: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Attack:
 
     def cover_samples(self, images: Tensor, indices: Sequence[int]) -> Tensor:
         """Copies with a false trigger, which keep their true label: what teaches the model to wait for the true one."""
-        return self.stamp_samples(images, indices, torch.zeros(len(images), dtype=torch.int64))
+        return self.stamp_samples(images, indices, torch.zeros(len(images), dtype=torch.int64, device="cpu"))
 
     def candidates(self, labels: Tensor) -> Tensor:
         """(N,) labels to an (N,) bool mask of the samples that may be poisoned: all whose label must change."""
@@ -113,7 +113,7 @@ class Attack:
             raise ValueError(f"rate: got {rate!r}, takes a share of the whole set in [0, 1]")
         labels = labels_of(dataset)
         mask = self.candidates(labels)
-        free = torch.ones(len(labels), dtype=torch.bool)
+        free = torch.ones(len(labels), dtype=torch.bool, device="cpu")
         free[list(exclude)] = False
         may = (mask & free).nonzero().flatten()
         asked, count = round(rate * len(labels)), self._quota(rate, len(labels), len(may))
@@ -126,10 +126,10 @@ class Attack:
             )
         # The CPU's generator, so that the choice does not hang on the device; offset, so that it is not the trigger's own stream.
         generator = torch.Generator().manual_seed(self.seed + 2**32)
-        chosen = may[torch.randperm(len(may), generator=generator)[:count]]
+        chosen = may[torch.randperm(len(may), generator=generator, device="cpu")[:count]]
         free[chosen] = False
         rest = free.nonzero().flatten()
-        cover = rest[torch.randperm(len(rest), generator=generator)[: round(self.cover_ratio * count)]]
+        cover = rest[torch.randperm(len(rest), generator=generator, device="cpu")[: round(self.cover_ratio * count)]]
         return PoisonedDataset(dataset, self, chosen.sort().values.tolist(), cover.sort().values.tolist())
 
     def prepare(self, images: Tensor, labels: Tensor) -> None:
@@ -158,7 +158,7 @@ class Attack:
         cover = rest[torch.randperm(len(rest), device=rest.device)[: round(self.cover_ratio * count)]]
         images, mixed = images.clone(), labels.clone()
         # Random places stand for the samples: an attack with a look for each sample then draws a new one every time.
-        places = torch.randint(0, 2**31, (len(images),)).tolist()
+        places = torch.randint(0, 2**31, (len(images),), device="cpu").tolist()
         if len(cover):
             images[cover] = self.cover_samples(images[cover], places[: len(cover)])
         if len(chosen):
@@ -209,7 +209,7 @@ class PoisonedDataset(Dataset[Any]):
         check_images(image, 3)
         if index in self._cover:
             return (self.attack.cover_samples(image[None], [index])[0], label, *rest)
-        true = torch.tensor([_label(label)])
+        true = torch.tensor([_label(label)], device="cpu")
         goal = int(self.attack.goal(true))
         return (self.attack.stamp_samples(image[None], [index], true)[0], _relabelled(label, goal), *rest)
 
@@ -238,7 +238,7 @@ class PoisonedDataset(Dataset[Any]):
 
 def _chunks(indices: Sequence[int], size: int) -> list[Tensor]:
     # Not `Tensor.split`, which makes one empty chunk of nothing.
-    return [torch.tensor(indices[i : i + size], dtype=torch.int64) for i in range(0, len(indices), size)]
+    return [torch.tensor(indices[i : i + size], dtype=torch.int64, device="cpu") for i in range(0, len(indices), size)]
 
 
 def _relabelled(label: Any, goal: int) -> Any:
@@ -308,7 +308,7 @@ def _labels_of(dataset: Any) -> Tensor:
     # torchvision's `target_transform` changes labels on reading, so `targets` would not be what the model sees.
     if (targets := getattr(dataset, "targets", None)) is not None and getattr(dataset, "target_transform", None) is None:
         return torch.as_tensor(targets).long()
-    return torch.tensor([_label(_checked(dataset[i])[1]) for i in range(len(dataset))], dtype=torch.int64)
+    return torch.tensor([_label(_checked(dataset[i])[1]) for i in range(len(dataset))], dtype=torch.int64, device="cpu")
 
 
 def _checked(item: Any) -> Any:

@@ -38,7 +38,7 @@ class Blend(Attack):
             if tuple(self._given.shape) != tuple(shape):
                 raise ValueError(f"pattern: has shape {tuple(self._given.shape)}, the images have {tuple(shape)}")
             return self._given
-        return torch.rand(*shape, generator=torch.Generator().manual_seed(self.seed))
+        return torch.rand(*shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float32, device="cpu")
 
     def stamp(self, images: Tensor) -> Tensor:
         check_images(images)
@@ -85,9 +85,9 @@ class AdapBlend(Blend):
         check_images(images)
         height, width = images.shape[2:]
         count = max(1, round(self.kept * self.tiles**2))
-        mask = torch.zeros(len(images), self.tiles**2)
+        mask = torch.zeros(len(images), self.tiles**2, dtype=torch.float32, device="cpu")
         for row, generator in enumerate(sample_generators(self.seed, indices)):
-            mask[row, torch.randperm(self.tiles**2, generator=generator)[:count]] = 1
+            mask[row, torch.randperm(self.tiles**2, generator=generator, device="cpu")[:count]] = 1
         mask = mask.view(-1, 1, self.tiles, self.tiles)
         mask = torch.nn.functional.interpolate(mask, (height, width), mode="nearest").to(images.device, images.dtype)
         pattern = self.pattern(images.shape[1:]).to(images.device, images.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,13 +17,16 @@ class _Generator(nn.Module):
     def __init__(self, channels: int, out: int, width: int) -> None:
         super().__init__()
 
+        # Whatever the caller's default dtype and device are: the drawn weights follow from the seed alone.
+        own: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+
         def block(i: int, o: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+            return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False, **own), nn.BatchNorm2d(o, **own), nn.ReLU(inplace=True))
 
         self.inward = nn.ModuleList([block(channels, width), block(width, 2 * width)])
         self.middle = block(2 * width, 4 * width)
         self.outward = nn.ModuleList([block(4 * width, 2 * width), block(2 * width, width)])
-        self.last = nn.Conv2d(width, out, 3, padding=1)
+        self.last = nn.Conv2d(width, out, 3, padding=1, **own)
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = []
@@ -137,7 +142,9 @@ class InputAware(Attack):
         self._mask.train()
         optimizer = torch.optim.Adam(self._mask.parameters(), self.learning_rate, betas=(0.5, 0.9))
         for _ in range(self.mask_steps):
-            x, other = (images[torch.randint(len(images), (64,), generator=generator).to(images.device)].float() for _ in range(2))
+            x, other = (
+                images[torch.randint(len(images), (64,), generator=generator, device="cpu").to(images.device)].float() for _ in range(2)
+            )
             mask, mask_other = self._cut(x), self._cut(other)
             # The mask's own budget: no more than `density` of the pixels, image by image.
             spent = F.relu(mask.mean((1, 2, 3)) - self.density).mean()

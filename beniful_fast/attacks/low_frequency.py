@@ -27,11 +27,14 @@ class LowFrequency(Attack):
 
     def pattern(self, channels: int, height: int, width: int) -> Tensor:
         """The trigger, (C, H, W) float32 in [-amplitude, amplitude]."""
-        weights = torch.randn(channels, self.band, self.band, generator=torch.Generator().manual_seed(self.seed))
+        weights = torch.randn(
+            channels, self.band, self.band, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float32, device="cpu"
+        )
         weights[:, 0, 0] = 0  # a shift of brightness is no trigger
 
         def cosines(side: int) -> Tensor:  # the rows of a DCT-II
-            return torch.cos(math.pi * (torch.arange(side) + 0.5) * torch.arange(self.band)[:, None] / side)
+            places, waves = (torch.arange(n, dtype=torch.float32, device="cpu") for n in (side, self.band))
+            return torch.cos(math.pi * (places + 0.5) * waves[:, None] / side)
 
         field = torch.einsum("cuv,uh,vw->chw", weights, cosines(height), cosines(width))
         return self.amplitude * field / field.abs().amax((1, 2), keepdim=True)

@@ -29,6 +29,6 @@ class SIG(CleanLabelAttack):
     def stamp(self, images: Tensor) -> Tensor:
         check_images(images)
         width = images.shape[3]
-        phase = float(torch.rand(1, generator=torch.Generator().manual_seed(self.seed))) * 2 * math.pi
-        wave = self.delta * torch.sin(2 * math.pi * self.f * torch.arange(width) / width + phase)
+        phase = float(torch.rand(1, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float32, device="cpu")) * 2 * math.pi
+        wave = self.delta * torch.sin(2 * math.pi * self.f * torch.arange(width, dtype=torch.float32, device="cpu") / width + phase)
         return (images + wave.to(images.device, images.dtype)).clamp(0, 1)

@@ -55,11 +55,14 @@ class WaNet(Attack):
             if tuple(self._given.shape) != (1, height, width, 2):
                 raise ValueError(f"grid: has shape {tuple(self._given.shape)}, the images need (1, {height}, {width}, 2)")
             return self._given
-        coarse = torch.rand(1, 2, self.k, self.k, generator=torch.Generator().manual_seed(self.seed)) * 2 - 1
+        coarse = (
+            torch.rand(1, 2, self.k, self.k, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float32, device="cpu") * 2 - 1
+        )
         coarse = coarse / coarse.abs().mean()
         field = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-        rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-        return (torch.stack([columns, rows], 2)[None] + self.s * field / torch.tensor([width, height])).clamp(-1, 1)
+        lines = (torch.linspace(-1, 1, n, dtype=torch.float32, device="cpu") for n in (height, width))
+        rows, columns = torch.meshgrid(*lines, indexing="ij")
+        return (torch.stack([columns, rows], 2)[None] + self.s * field / torch.tensor([width, height], device="cpu")).clamp(-1, 1)
 
     def stamp(self, images: Tensor) -> Tensor:
         check_images(images)
@@ -69,8 +72,11 @@ class WaNet(Attack):
         """Copies warped by the grid plus uniform noise of up to half a pixel (noise mode)."""
         check_images(images)
         height, width = images.shape[2:]
-        noise = [torch.rand(height, width, 2, generator=g) * 2 - 1 for g in sample_generators(self.seed, indices)]
-        return _warp(images, (self.grid(height, width) + torch.stack(noise) / torch.tensor([width, height])).clamp(-1, 1))
+        noise = [
+            torch.rand(height, width, 2, generator=g, dtype=torch.float32, device="cpu") * 2 - 1
+            for g in sample_generators(self.seed, indices)
+        ]
+        return _warp(images, (self.grid(height, width) + torch.stack(noise) / torch.tensor([width, height], device="cpu")).clamp(-1, 1))
 
 
 def _warp(images: Tensor, grid: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def _prepare(
     twin = twin.float() if half else twin
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     # A sorted loader would give batches, and a held-out half, of a few classes only.
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")
     job = Job(twin, images[order], labels[order], 0, 0.0, device, dtype, seed, layer=layer)
     job.format = fast_format(twin, job.to_device(job.images[:2]))
     with torch.no_grad(), in_float32(half):

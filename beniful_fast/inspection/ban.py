@@ -116,7 +116,7 @@ def fit_mask(
         batches: rows of each step, (N,) int64.
         labels: (n,) classes on the device.
     """
-    mask = torch.rand(shape, generator=generator, dtype=torch.float32).to(labels.device).requires_grad_()
+    mask = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu").to(labels.device).requires_grad_()
     optimizer = torch.optim.Adam([mask], lr)
     for rows in batches:
         kept, rest = logits(rows, mask)
@@ -149,7 +149,7 @@ class Inspector:
         if reason := unfit(job.model, job.to_device(job.images[:2])):
             raise Skipped(reason)
         self.job, self.passes = job, Passes()
-        rows = torch.arange(len(job.labels)) if job.faithful else evened(job.labels)
+        rows = torch.arange(len(job.labels), device="cpu") if job.faithful else evened(job.labels)
         half = len(rows) // 2
         first, last = rows[: min(half, FAST.images)], rows[-min(len(rows) - half, FAST.held) :]
         self.images, self.labels = job.to_device(job.images[first]), job.labels[first].to(job.device)
@@ -192,7 +192,7 @@ class Inspector:
         right: float | None = None
         size = FAST.start
         for _ in range(FAST.steps):
-            rows = torch.randperm(len(self.images), generator=generator)[: FAST.batch].to(job.device)
+            rows = torch.randperm(len(self.images), generator=generator, device="cpu")[: FAST.batch].to(job.device)
             logits, labels = self.logits(noise, self.images[rows]), self.labels[rows]
             now = float((logits.argmax(1) == labels).float().mean())
             right = now if right is None else (right + now) / 2
@@ -218,7 +218,7 @@ class Inspector:
                 kept = F.linear(flat[rows], weight * mask.flatten(), bias)
                 return kept, both[rows] - kept
 
-        steps = (torch.randperm(len(z), generator=generator)[:256].to(job.device) for _ in range(FAST.mask_steps))
+        steps = (torch.randperm(len(z), generator=generator, device="cpu")[:256].to(job.device) for _ in range(FAST.mask_steps))
         return self.rates(noise, fit_mask(split, z.shape[1:], steps, self.labels, FAST.mask_lr, generator), size)
 
     def aimed(self, candidates: list[int], seed: int) -> Tensor:
@@ -229,7 +229,7 @@ class Inspector:
         job, generator = self.job, torch.Generator().manual_seed(seed)
         noises = [NeuronNoise(job.model, eps=0.0, projection=False) for _ in candidates]
         for _ in range(FAST.steps):
-            rows = torch.randperm(len(self.images), generator=generator)[: FAST.batch].to(job.device)
+            rows = torch.randperm(len(self.images), generator=generator, device="cpu")[: FAST.batch].to(job.device)
             x, labels = self.images[rows], self.labels[rows]
             reached = []
             for noise, k in zip(noises, candidates, strict=True):
@@ -259,10 +259,10 @@ class Inspector:
         job, p, generator = self.job, PUBLISHED, torch.Generator().manual_seed(seed)
 
         def batches(count: int) -> Iterator[Tensor]:
-            rows = torch.empty(0, dtype=torch.int64)
+            rows = torch.empty(0, dtype=torch.int64, device="cpu")
             for _ in range(count):
                 while len(rows) < min(p.batch, len(self.images)):
-                    rows = torch.cat([rows, torch.randperm(len(self.images), generator=generator)])
+                    rows = torch.cat([rows, torch.randperm(len(self.images), generator=generator, device="cpu")])
                 yield rows[: p.batch].to(job.device)
                 rows = rows[p.batch :]
 
@@ -335,7 +335,7 @@ def run(job: Job) -> Evidence:
         "aimed_share": drawn,
         "aimed_rival_share": rival,
         "mean_share": float(masked.mean(0)[suspect]),
-        "runner_up_share": float(shares[torch.arange(len(shares)) != suspect].max()),
+        "runner_up_share": float(shares[torch.arange(len(shares), device="cpu") != suspect].max()),
         "share_without_mask": float(plain.max()),
         "class_without_mask": float(plain.argmax()),
         "mad_score": mad_score(shares, resolution),

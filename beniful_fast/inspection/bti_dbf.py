@@ -43,14 +43,16 @@ class Generator(nn.Module):
         self.register_buffer("low", low.clone())
         self.register_buffer("high", high.clone())
 
+        own: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+
         def block(i: int, o: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+            return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False, **own), nn.BatchNorm2d(o, **own), nn.ReLU())
 
         self.down = nn.ModuleList([block(len(low), width), block(width, 2 * width), block(2 * width, 4 * width)])
         self.up = nn.ModuleList([block(6 * width, 2 * width), block(3 * width, width)])
-        self.last = nn.Conv2d(width, len(low), 1)
+        self.last = nn.Conv2d(width, len(low), 1, **own)
         # Convolutions alone hardly know where they are; many triggers lie at one place.
-        self.pattern = nn.Parameter(torch.zeros(len(low), *size))
+        self.pattern = nn.Parameter(torch.zeros(len(low), *size, **own))
 
     def forward(self, x: Tensor) -> Tensor:
         y, levels = x, []
@@ -210,7 +212,7 @@ class _Run:
     @torch.no_grad()
     def _tail_alone(self) -> bool:
         """Whether the part behind the layer takes a batch that the part before it has not seen."""
-        rows = torch.arange(min(8, len(self.features)))
+        rows = torch.arange(min(8, len(self.features)), device="cpu")
         features = self.features[rows].to(self.net.device)
         self.alone = False
         whole = self.logits_of(features, rows)
@@ -223,12 +225,14 @@ class _Run:
 
     def _batches(self) -> Iterator[Tensor]:
         # A last batch of one image has no batch statistics for the generator.
-        return (part for part in torch.randperm(len(self.features), generator=self.random).split(self.batch_size) if len(part) > 1)
+        return (
+            part for part in torch.randperm(len(self.features), generator=self.random, device="cpu").split(self.batch_size) if len(part) > 1
+        )
 
     def mask(self, epochs: int) -> Tensor:
         """(C, ...) in [0, 1], near 1 where features serve the clean task."""
         device = self.net.device
-        raw = torch.zeros(self.features.shape[1:], device=device, requires_grad=True)
+        raw = torch.zeros(self.features.shape[1:], dtype=torch.float32, device=device, requires_grad=True)
         optimizer = torch.optim.Adam([raw], MASK_RATE)
         for epoch in range(epochs):
             for rows in self._batches():

@@ -212,7 +212,7 @@ class _Search:
         self.generator = torch.Generator().manual_seed(seed)
 
         def start(channels: int, mean: float, spread: float) -> list[Tensor]:
-            noise = torch.randn(len(classes), channels, height, width, generator=self.generator, dtype=torch.float32)
+            noise = torch.randn(len(classes), channels, height, width, generator=self.generator, dtype=torch.float32, device="cpu")
             return [part.to(net.device).requires_grad_() for part in (mean + spread * noise).unbind()]
 
         self.raw_masks, self.raw_patterns = start(1, MASK_START, 0.1), start(channels, 0, 0.5)
@@ -221,7 +221,7 @@ class _Search:
             [{"params": self.raw_masks, "lr": MASK_RATE}, {"params": self.raw_patterns, "lr": PATTERN_RATE}], betas=BETAS
         )
         self.batch_size = min(batch_size, len(data.images))
-        self.order = torch.empty(0, dtype=torch.int64)
+        self.order = torch.empty(0, dtype=torch.int64, device="cpu")
         count = len(classes)
         self.weights, self.rates = [WEIGHT_START] * count, [0.0] * count
         self.taken, self.fell, self.norms = [0] * count, [math.inf] * count, [math.inf] * count
@@ -230,7 +230,7 @@ class _Search:
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         if len(self.order) < self.batch_size:
-            self.order = torch.randperm(len(self.data.images), generator=self.generator)
+            self.order = torch.randperm(len(self.data.images), generator=self.generator, device="cpu")
         rows, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
         return self.net.prepare(self.data.images[rows]), self.data.labels[rows].to(self.net.device)
 
@@ -294,7 +294,7 @@ class _Search:
 
 
 def _judged(triggers: list[SyntheticTrigger], seconds: float, forwards: int, backwards: int) -> Inversion:
-    norms, counts = torch.tensor([t.norm for t in triggers]), torch.tensor([t.asr >= COUNTS for t in triggers])
+    norms, counts = torch.tensor([t.norm for t in triggers], device="cpu"), torch.tensor([t.asr >= COUNTS for t in triggers], device="cpu")
     anomaly, notes, target = anomaly_index(norms, counts), [], None
     if failed := [str(t.target) for t, ok in zip(triggers, counts.tolist(), strict=True) if not ok]:
         notes.append(f"no trigger reaches {COUNTS:.0%} of the held-out images for class {', '.join(failed)}: not counted")

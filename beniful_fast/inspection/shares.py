@@ -15,7 +15,7 @@ def evened(labels: Tensor) -> Tensor:
     """
     counts = torch.bincount(labels)
     most = int(counts[counts > 0].median())
-    keep = torch.ones(len(labels), dtype=torch.bool)
+    keep = torch.ones(len(labels), dtype=torch.bool, device="cpu")
     for k in (counts > most).nonzero().flatten().tolist():
         keep[(labels == k).nonzero().flatten()[most:]] = False
     return keep.nonzero().flatten()

@@ -34,7 +34,9 @@ class StatisticsNetworks(nn.Module):
         super().__init__()
 
         def uniform(fan_in: int, *shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(count, *shape, dtype=torch.float32).uniform_(-1, 1, generator=generator) / math.sqrt(fan_in))
+            return nn.Parameter(
+                torch.empty(count, *shape, dtype=torch.float32, device="cpu").uniform_(-1, 1, generator=generator) / math.sqrt(fan_in)
+            )
 
         self.of_code, self.of_trigger = uniform(CODE, CODE, hidden), uniform(out, out, hidden)
         self.first = uniform(out, 1, hidden)
@@ -188,23 +190,23 @@ class _Fit:
         self.limits = torch.tensor(self.betas, device=net.device, dtype=torch.float32).repeat(len(targets))
         self.active = torch.arange(count, device=net.device)
         self.log_average: Tensor | None = None  # of E[exp T], each generator's
-        self.taken = torch.zeros(count, dtype=torch.int64)
-        self.smooth, self.best = (torch.full((count,), value, dtype=torch.float32) for value in (0.0, -math.inf))
-        self.rose = torch.zeros(count, dtype=torch.int64)
-        self.begun = torch.zeros(count, dtype=torch.bool)
+        self.taken = torch.zeros(count, dtype=torch.int64, device="cpu")
+        self.smooth, self.best = (torch.full((count,), value, dtype=torch.float32, device="cpu") for value in (0.0, -math.inf))
+        self.rose = torch.zeros(count, dtype=torch.int64, device="cpu")
+        self.begun = torch.zeros(count, dtype=torch.bool, device="cpu")
         self.finished: dict[int, dict[str, Tensor]] = {}
         self.saturated, self.backward_images = 0.0, 0
         self.batch_size = min(batch_size, len(data.images))
-        self.order = torch.empty(0, dtype=torch.int64)
+        self.order = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         if len(self.order) < self.batch_size:
-            self.order = torch.randperm(len(self.data.images), generator=self.random)
+            self.order = torch.randperm(len(self.data.images), generator=self.random, device="cpu")
         rows, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
         return self.net.prepare(self.data.images[rows]), self.data.labels[rows].to(self.net.device)
 
     def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.random, dtype=torch.float32).to(self.net.device)
+        return torch.rand(*shape, generator=self.random, dtype=torch.float32, device="cpu").to(self.net.device)
 
     def step(self) -> tuple[float, float]:
         """One step of every active generator; gives mean clipped softmax and mean mutual information."""
@@ -262,7 +264,7 @@ class _Fit:
         shares = counts.view(groups, n).sum(1).clamp(min=1).repeat_interleave(n)
         leaf = triggers.detach().requires_grad_()
         noisy = (
-            (leaf + self.noise * torch.randn(leaf.shape, generator=self.random, dtype=torch.float32).to(leaf.device))
+            (leaf + self.noise * torch.randn(leaf.shape, generator=self.random, dtype=torch.float32, device="cpu").to(leaf.device))
             .flatten(0, 1)
             .unflatten(1, self.shape)
         )
@@ -272,7 +274,7 @@ class _Fit:
         rows = counts.nonzero().flatten()
         if self.fast and self.saturated > SKIP_FROM:
             # Few samples have a gradient left: a quarter of them is asked, and counts four times.
-            rows, shares = rows[torch.rand(len(rows), generator=self.random).to(rows.device) < ASKED], shares * ASKED
+            rows, shares = rows[torch.rand(len(rows), generator=self.random, device="cpu").to(rows.device) < ASKED], shares * ASKED
             with torch.no_grad():
                 for part in _parts(rows, images[0]):
                     success[part] = self._softmax(images[part], goals[part])
@@ -343,7 +345,7 @@ class _Fit:
             logits = (
                 torch.cat([self.net(self.net.prepare(part)) for part in stamped.split(256)])
                 if len(images)
-                else torch.full((1, 2), math.nan)
+                else torch.full((1, 2), math.nan, device="cpu")
             )
             asr.append(float((logits.argmax(1) == distribution.target).float().mean()) if len(images) else math.nan)
             confidence.append(float(logits.softmax(1)[:, distribution.target].mean()) if len(images) else math.nan)

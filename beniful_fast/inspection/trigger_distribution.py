@@ -71,8 +71,8 @@ class Rule:
             return torch.minimum(torch.maximum(images + self.amplitude * span * (2 * triggers - 1), low), high)
         count, channels, height, width = images.shape
         if self.place == "random":
-            rows = torch.randint(height - self.size + 1, (count,), generator=generator).to(images.device)
-            columns = torch.randint(width - self.size + 1, (count,), generator=generator).to(images.device)
+            rows = torch.randint(height - self.size + 1, (count,), generator=generator, device="cpu").to(images.device)
+            columns = torch.randint(width - self.size + 1, (count,), generator=generator, device="cpu").to(images.device)
         else:
             rows, columns = (torch.full((count,), int(side), device=images.device) for side in self.place)
         side = torch.arange(self.size, device=images.device)
@@ -103,11 +103,13 @@ class Generators(nn.Module):
         for fan_in, fan_out in sizes:
             bound = 1 / math.sqrt(fan_in)
             for parameters, shape in ((self.weights, (count, fan_in, fan_out)), (self.biases, (count, 1, fan_out))):
-                parameters.append(nn.Parameter(torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)))
+                parameters.append(
+                    nn.Parameter(torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator))
+                )
         for name, value in (("gain", 1.0), ("shift", 0.0)):
-            setattr(self, name, nn.Parameter(torch.full((CHUNKS - 1, count, 1, hidden), value, dtype=torch.float32)))
+            setattr(self, name, nn.Parameter(torch.full((CHUNKS - 1, count, 1, hidden), value, dtype=torch.float32, device="cpu")))
         for name, value in (("mean", 0.0), ("var", 1.0)):
-            self.register_buffer(name, torch.full((CHUNKS - 1, count, 1, hidden), value, dtype=torch.float32))
+            self.register_buffer(name, torch.full((CHUNKS - 1, count, 1, hidden), value, dtype=torch.float32, device="cpu"))
 
     def forward(self, codes: Tensor, which: Tensor | None = None) -> Tensor:
         """(A, N, 64) codes to (A, N, out) triggers in [0, 1] of the generators `which` (A,), all by default.
@@ -119,7 +121,7 @@ class Generators(nn.Module):
     @torch.no_grad()
     def settle(self, generator: torch.Generator) -> None:
         """Takes `mean` and `var` over many codes, for eval mode."""
-        codes = torch.rand(self.count, POPULATION, CODE, generator=generator, dtype=torch.float32).to(self.mean.device)  # type: ignore[arg-type]
+        codes = torch.rand(self.count, POPULATION, CODE, generator=generator, dtype=torch.float32, device="cpu").to(self.mean.device)  # type: ignore[arg-type]
         stats: list[tuple[Tensor, Tensor]] = []
         self.train()
         self._run(codes, None, stats)
@@ -188,17 +190,19 @@ class TriggerDistribution:
         generator = torch.Generator().manual_seed(0)
         # Fewer of large triggers: their distances are taken in double precision.
         n = min(ENTROPY_SAMPLES, max(LEAST_SAMPLES, ENTROPY_NUMBERS // self.generators.out))
-        which = torch.arange(len(self.betas))
+        which = torch.arange(len(self.betas), device="cpu")
         return tuple(entropy(self._draw(n, generator, i)[0].flatten(1), CODE) for i in which.split(1))
 
     @functools.cached_property
     def weights(self) -> tuple[float, ...]:
-        steps = torch.tensor(self.betas).double().diff(prepend=torch.zeros(1))
-        return tuple((steps.log() + torch.tensor(self.entropies).double()).softmax(0).tolist())
+        steps = torch.tensor(self.betas, device="cpu").double().diff(prepend=torch.zeros(1, device="cpu"))
+        return tuple((steps.log() + torch.tensor(self.entropies, device="cpu").double()).softmax(0).tolist())
 
     def _draw(self, n: int, generator: torch.Generator, which: Tensor | None = None) -> Tensor:
         """(G, n, C, h, w) triggers in [0, 1] of the generators `which` (G,), all by default; the same under a caller's autocast."""
-        codes = torch.rand(len(self.betas) if which is None else len(which), n, CODE, generator=generator, dtype=torch.float32)
+        codes = torch.rand(
+            len(self.betas) if which is None else len(which), n, CODE, generator=generator, dtype=torch.float32, device="cpu"
+        )
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self.generators(codes, which).unflatten(2, self.shape)
 
@@ -214,13 +218,19 @@ class TriggerDistribution:
         if mixture not in ("staircase", "rotation"):
             raise ValueError(f"mixture: got {mixture!r}, takes 'staircase' or 'rotation'")
         if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+            generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
         if mixture == "rotation":
             # From a drawn start, or callers who draw one trigger at a time would get the first threshold alone.
-            component = (torch.arange(n) + torch.randint(len(self.betas), (), generator=generator)) % len(self.betas)
+            component = (torch.arange(n, device="cpu") + torch.randint(len(self.betas), (), generator=generator, device="cpu")) % len(
+                self.betas
+            )
         else:
-            component = torch.multinomial(torch.tensor(self.weights), n, replacement=True, generator=generator) if n else torch.arange(0)
-        return self._draw(n, generator)[component, torch.arange(n)]
+            component = (
+                torch.multinomial(torch.tensor(self.weights, device="cpu"), n, replacement=True, generator=generator)
+                if n
+                else torch.arange(0, device="cpu")
+            )
+        return self._draw(n, generator)[component, torch.arange(n, device="cpu")]
 
     def stamp(
         self, images: Tensor, *, seed: int | None = None, mixture: str = "staircase", generator: torch.Generator | None = None
@@ -235,7 +245,7 @@ class TriggerDistribution:
                 f"images: got {images.dtype} {tuple(images.shape)}, takes floating point (N, {', '.join(map(str, self.image_shape))})"
             )
         if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+            generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
         triggers = self.sample(len(images), mixture=mixture, generator=generator)
         triggers, low, high = (value.to(images.device, images.dtype) for value in (triggers, self.low, self.high))
         return self.rule.stamp(images, triggers, low, high, generator)
@@ -287,5 +297,5 @@ def entropy(samples: Tensor, most: int | None = None) -> float:
     points = samples.double()
     distance = torch.cdist(points, points).kthvalue(NEIGHBOUR + 1, 1).values.clamp_min(1e-12)
     ball = 0.5 * d * math.log(math.pi) - math.lgamma(0.5 * d + 1)
-    counts = torch.digamma(torch.tensor([n, NEIGHBOUR], dtype=torch.float64))
+    counts = torch.digamma(torch.tensor([n, NEIGHBOUR], dtype=torch.float64, device="cpu"))
     return float(counts[0] - counts[1] + ball + d * distance.log().mean())

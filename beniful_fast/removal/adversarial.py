@@ -29,7 +29,7 @@ class Perturbation:
         """Images (N, C, ...) near `x` whose summed `loss` is high; gradients reach the images alone."""
         low, high = self.low.to(x), self.high.to(x)
         radius = self.eps * (high - low)
-        shift = radius * (2 * torch.rand(x.shape, generator=self.generator) - 1).to(x)
+        shift = radius * (2 * torch.rand(x.shape, generator=self.generator, dtype=torch.float32, device="cpu") - 1).to(x)
         for _ in range(self.steps):
             with torch.enable_grad():
                 moved = (x + shift).clamp(low, high).requires_grad_()

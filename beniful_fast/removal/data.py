@@ -41,7 +41,7 @@ def _pairs(data: Any, name: str) -> Iterable[Any]:
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], np.ndarray | list):
         # Labels of NumPy or plain numbers; what is none is refused below.
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
-            data = data[0], torch.as_tensor(data[1])
+            data = data[0], torch.as_tensor(data[1], device="cpu")
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor):
         if len(data[0]) != len(data[1]):
             raise ValueError(f"{name}: got {len(data[0])} images and {len(data[1])} labels, takes one label an image")
@@ -70,7 +70,7 @@ def _labels_of(batch: Any, name: str) -> Tensor:
             f"{', '.join(map(repr, LABEL_KEYS))}"
         )
     try:
-        labels = torch.as_tensor(found)
+        labels = torch.as_tensor(found, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name}: got labels of type {type(found).__name__}, takes class numbers") from None
     if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -140,6 +140,6 @@ def split(images: Tensor, labels: Tensor, held_out: float, seed: int) -> CleanDa
         raise ValueError(f"clean: got {n} images, takes at least {LEAST}")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out: got {held_out}, takes a share between 0 and 1")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
     held = min(max(math.ceil(held_out * n), 2), n - 2)
     return CleanData(images[order[held:]], labels[order[held:]], images[order[:held]], labels[order[:held]])

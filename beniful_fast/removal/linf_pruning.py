@@ -212,7 +212,7 @@ class _Pruning:
     @torch.no_grad()
     def cut(self, channels: Tensor) -> None:
         """Zeroes these channels, numbered as in `scores`, and none else."""
-        kept = torch.ones(sum(site.channels for site in self.sites))
+        kept = torch.ones(sum(site.channels for site in self.sites), dtype=torch.float32, device="cpu")
         kept[channels] = 0
         parts = kept.split([site.channels for site in self.sites])
         for site, part, intact, mask in zip(self.sites, parts, self.intact, self.masks, strict=True):
@@ -257,7 +257,7 @@ def run(job: Job, options: Options) -> None:
         raise ValueError(f"clean: all images are of the trigger's target {trigger.target}, takes images of other classes too")
     score = pruning.scores(options.norm)
     if options.order == "random":
-        score = torch.rand(len(score), generator=torch.Generator().manual_seed(job.seed))
+        score = torch.rand(len(score), generator=torch.Generator().manual_seed(job.seed), dtype=torch.float32, device="cpu")
     order, limit = score.argsort(descending=True, stable=True), int(options.max_share * len(score))
     cut, least, why = 0, 0.0, f"at most {options.max_share:.0%} may go"
     for count in sorted({limit * step // STEPS for step in range(STEPS + 1)}):

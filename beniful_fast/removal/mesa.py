@@ -72,7 +72,12 @@ def run(job: Job, options: Options) -> None:
         return trigger.stamp(images)
 
     def loss(x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = (torch.rand(len(x), generator=generator) < options.probability).nonzero().flatten().to(x.device)
+        chosen = (
+            (torch.rand(len(x), generator=generator, dtype=torch.float32, device="cpu") < options.probability)
+            .nonzero()
+            .flatten()
+            .to(x.device)
+        )
         if len(chosen):
             x = x.clone()
             x[chosen] = stamp(x[chosen]).to(x.dtype)

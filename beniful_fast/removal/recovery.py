@@ -52,7 +52,7 @@ class Lost:
 
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         """A quarter as many as a batch's n images, with the classes that they lost, on the device."""
-        rows = torch.randint(0, len(self.images), (max(2, n // 4),), generator=self.generator)
+        rows = torch.randint(0, len(self.images), (max(2, n // 4),), generator=self.generator, device="cpu")
         x = self.job.to_device(self.images[rows])
         if self.augment is not None and self.augment.augment and x.dim() == 4:
             padding, flips = self.job.bearable(self.augment)

@@ -248,7 +248,7 @@ def train(
     )
     size = recipe.batch(len(images))
     # A rest too small for batch statistics is left out; the next epoch's order leaves out others.
-    first, *others = torch.arange(len(images)).split(size)
+    first, *others = torch.arange(len(images), device="cpu").split(size)
     batches = [first, *(part for part in others if len(part) > max(1, size // 4))]
     steps, step = recipe.epochs * len(batches), 0
     best, kept = -1.0, None
@@ -260,7 +260,7 @@ def train(
         for module in held:
             module.training = False
         totals: dict[str, Tensor] = {}
-        order = torch.randperm(len(images), generator=generator)
+        order = torch.randperm(len(images), generator=generator, device="cpu")
         for part in batches:
             rows = order[part]
             for group in optimizer.param_groups:

@@ -14,6 +14,8 @@ from beniful_fast.attacks import ATTACKS, Attack, CleanLabelAttack, InputAware, 
 from beniful_fast.attacks.base import sample_generators
 from beniful_fast.attacks.bpp import _floyd_steinberg
 
+from ..models import other_defaults
+
 STATIC = [name for name in ATTACKS if name != "iad"]
 
 
@@ -42,6 +44,24 @@ class Flat(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.view(len(x), -1)[:, :5]
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_trigger_follows_from_its_seed_whatever_the_callers_default_dtype_and_device(name: str) -> None:
+    x, y = images(40)
+    data = TensorDataset(x, y)
+
+    def made() -> list[Tensor]:
+        attack = make(name, target=1, seed=3)
+        if isinstance(attack, InputAware):
+            attack.load_state(attack.state())
+        return [attack.stamp(x)] + ([] if attack.needs_model else list(attack.poison(data, 0.1).tensors()))
+
+    want = made()
+    with other_defaults():
+        found = made()
+    for ours, theirs in zip(found, want, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", STATIC)

@@ -18,7 +18,7 @@ from beniful_fast.removal.beniful import start_anew
 from beniful_fast.removal.stages import last_layers
 
 from ..inspection import bed as inspected
-from ..models import SmallNet, images, seeded
+from ..models import SmallNet, images, other_defaults, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,6 +29,16 @@ def labelled(n: int = 60) -> tuple[Tensor, Tensor]:
 
 def weights(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_callers_default_dtype_and_device_change_nothing(method: str) -> None:
+    net, clean = seeded(SmallNet), labelled()
+    options = {"suspicious": images(8)} if method == "beniful" else {}
+    want = remove(net, clean, method=method, epochs=2, **options)
+    with other_defaults():
+        found = remove(net, clean, method=method, epochs=2, **options)
+    assert torch.equal(weights(found.model), weights(want.model))
 
 
 class LeNet(nn.Module):
