@@ -39,6 +39,7 @@ def _images_of(batch: Any, name: str) -> Tensor:
     if not isinstance(found, Tensor):
         raise TypeError(
             f"{name}: got batches of {type(found).__name__}, takes image tensors, (image, label, ...) tuples or dicts with 'image'"
+            + ("; pass torch.from_numpy(images)" if isinstance(found, np.ndarray | np.generic) else "")
         )
     return found
 
@@ -84,18 +85,26 @@ def check_images(x: Tensor, name: str) -> None:
             f"for pixels 0..255 and a model that takes [0, 1] that is images.float() / 255"
         )
     if x.dim() < 2 or x.dim() == 3:
-        cure = "; for a single image use .unsqueeze(0)" if x.dim() == 3 else ""
+        cure = "; for a single image use .unsqueeze(0), for a list of them torch.stack" if x.dim() == 3 else ""
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes a batch of images (N, C, H, W){cure}")
     if len(x) and not x.numel():
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, inputs that hold no values; takes a batch of images (N, C, H, W)")
 
 
+def _are_labels(images: Tensor, labels: Tensor) -> bool:
+    """Whether a pair is (images, labels) as `remove` takes it, not two batches of images."""
+    return labels.dim() == 1 and not labels.is_floating_point() and images.is_floating_point()
+
+
 def batches(data: Any, name: str, batch_size: int, first_row: int = 0, *, keyed: bool = True) -> Iterator[tuple[Tensor, list[Any]]]:
     """Yields (images (N, ...), keys) in the data's order.
 
-    A tensor or Dataset is cut into batches of `batch_size`, a DataLoader or other iterable keeps its own. Keys: third element of a batch,
-    or "key", "path", ... in a dict, else row numbers from `first_row`; not `keyed` looks for none. Empty batches are passed over.
+    A tensor, (images, labels) or Dataset is cut into batches of `batch_size`, a DataLoader or other iterable keeps its own. Keys: third
+    element of a batch, or "key", "path", ... in a dict, else row numbers from `first_row`; not `keyed` looks for none. Empty batches are
+    passed over.
     """
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data) and _are_labels(*data):
+        data = data[0]
     if isinstance(data, Tensor):
         check_images(data, name)
         source: Any = data.split(batch_size) if len(data) else ()

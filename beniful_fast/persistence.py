@@ -111,6 +111,7 @@ def save(screener: Screener, path: Path) -> None:
         "weight": screener.weight,
         "odds_term": None if screener.odds_term is None else asdict(screener.odds_term),
         "probabilities": screener.probabilities,
+        "fitted_shape": screener.image_shape,
         "consistent_by": screener._consistent_by,
         "consistency_note": screener.consistency_note,
         "notes": screener.notes,
@@ -173,6 +174,7 @@ def load(
         screener.weight = meta["weight"]
         screener.odds_term = None if meta["odds_term"] is None else OddsTerm(**meta["odds_term"])
         screener.probabilities = meta["probabilities"]
+        screener.image_shape = None if meta["fitted_shape"] is None else tuple(meta["fitted_shape"])
         screener._consistent_by, screener.consistency_note = meta["consistent_by"], meta["consistency_note"]
         screener.notes[:] = meta["notes"]
         screener.weights_hash = meta["weights_hash"]

@@ -122,6 +122,7 @@ class Screener(Pipeline):
         self.weight = 0.0
         self.odds_term: OddsTerm | None = None
         self.probabilities = False
+        self.image_shape: tuple[int, ...] | None = None
         self.consistency_note = "not fitted yet"
         self.weights_hash = ""
         self._consistent_by: str | None = None
@@ -135,8 +136,8 @@ class Screener(Pipeline):
         """Learns the clean features and calibrates.
 
         Args:
-            clean: clean images, as a tensor (N, C, H, W), a Dataset or a DataLoader of images, (image, label, ...) tuples or dicts with
-                "image". Half of them, chosen by the seed, is used to fit, the other half only to calibrate.
+            clean: clean images, as a tensor (N, C, H, W), (images, labels), a Dataset or a DataLoader of images, (image, label, ...)
+                tuples or dicts with "image". Half of them, chosen by the seed, is used to fit, the other half only to calibrate.
             calibration: images of your own to calibrate on; then all of `clean` is used to fit.
 
         Returns:
@@ -157,6 +158,7 @@ class Screener(Pipeline):
         keep = self.reconstruct == "images" or bool(self.consistency)
         self._takes_channels_last = None
         self._tap = FeatureTap(self.model, self._asked_layer, peaks=self.score_kind == "combined")
+        self.image_shape = None
         raw, images = self._collect(clean, "clean", keep)
         n = len(raw.z)
         self._refuse_nan(raw, "clean")
@@ -219,6 +221,7 @@ class Screener(Pipeline):
         self._fitted()
         for x, keys in batches(loader, "loader", self._read, first_row):
             # Not around the yield: between batches the model is the caller's, in the state he left it.
+            self._warn_of_size(x)
             with self._undisturbed():
                 raw = [self._forward(part) for part in self._split(x)]
                 scores, predictions, consistent = self._finish(join(raw))
@@ -310,7 +313,7 @@ class Screener(Pipeline):
             for x, _ in batches(data, name, self._read, keyed=False):
                 with self._undisturbed():
                     if not parts:
-                        self._warn_of_batches(x[:2])
+                        self._try(x[:2], name)
                     parts += [self._forward(part) for part in self._split(x)]
                 if keep:
                     kept.append(x.cpu())
@@ -321,6 +324,28 @@ class Screener(Pipeline):
         if len(sizes := {tuple(x.shape[1:]) for x in kept}) > 1:
             raise ValueError(f"{name}: got images of {len(sizes)} sizes, which can't be kept together; resize them")
         return join(parts), torch.cat(kept) if keep else None
+
+    def _try(self, few: Tensor, name: str) -> None:
+        """A first pass: says of which argument the images are that the model does not take, and warns."""
+        shape = tuple(few.shape[1:])
+        try:
+            self._warn_of_batches(few)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            what = f"{name}: the model fails on {few.dtype} images of shape {shape}: {str(error).splitlines()[0]}"
+            raise ValueError(f"{what}; takes the images that the model takes, (N, C, H, W)") from error
+        self.image_shape = self.image_shape or shape
+        self._warn_of_size(few)
+
+    def _warn_of_size(self, x: Tensor) -> None:
+        if self.image_shape and tuple(x.shape[1:]) != self.image_shape:
+            warnings.warn(
+                f"the Screener was fitted on images of shape {self.image_shape}, these have {tuple(x.shape[1:])}: its false-positive rate "
+                "does not hold for them",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _refuse_nan(self, raw: Raw, name: str) -> None:
         for what, values in ((f"features at layer {self.layer!r}", raw.z), (f"peaks at {', '.join(self._tap.peak_layers)}", raw.peaks)):
@@ -421,6 +446,7 @@ class Screener(Pipeline):
         with whole:
             for x, names in batches(data, "x", self._read):
                 keys += names
+                self._warn_of_size(x)
                 with each():
                     for part in self._split(x):
                         waiting.append(self._forward(part))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from beniful_fast.cli.evaluate import duration, seconds_left
+from beniful_fast.evaluation import nets
 from beniful_fast.evaluation.cells import Cell
 from beniful_fast.evaluation.protocol import Evaluation
 
@@ -102,7 +103,31 @@ def test_an_error_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("beniful_fast.evaluation.protocol.obtain", lambda *a, **k: 1 / 0)
     assert run("evaluate", "--out", str(tmp_path / "run")) == 2
     assert capsys.readouterr().err == "beniful-fast: ZeroDivisionError: division by zero (--debug shows where)\n"
-    assert not (tmp_path / "run").exists()  # nothing was finished
+    assert list((tmp_path / "run").iterdir()) == []  # nothing was finished
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "can't be written: Not a directory" in fails(capsys, "evaluate", "--out", str(tmp_path / "file" / "run"))
+
+
+def test_an_interrupted_training_is_not_finished_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["evaluate", "--defences", "norm", "--arch", "resnet12w", "--clean-images", "100", "--judged", "50", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr("beniful_fast.cli.evaluate._write", lambda *_: [])
+        assert run(*command, "--epochs", "1") == 0
+
+    real = nets.build
+
+    def build(spec: nets.NetSpec, *arguments: Any, **options: Any) -> Any:
+        if spec.attack is not None:
+            raise KeyboardInterrupt
+        return real(spec, *arguments, **options)
+
+    # The same network by another recipe is trained already, which must not pass for this one.
+    monkeypatch.setattr(nets, "build", build)
+    assert run(*command, "--epochs", "2") == 130
+    assert (tmp_path / "report.html").exists()
 
 
 def test_time_left_takes_the_likest_cells() -> None:

@@ -60,6 +60,17 @@ def test_remove_writes_weights_of_a_repaired_network(suspect: list[str], capsys:
     assert figures(net)["ASR"] < 0.5 * figures(bed.backdoored()[0])["ASR"] and figures(net)["ACC"] > 0.9
 
 
+def test_weights_of_a_wrapped_network_fit_it_again(suspect: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wrapped.py").write_text(
+        "from torch import nn\nfrom beniful_fast.demo import SmallNet\ndef build():\n    return nn.DataParallel(SmallNet())\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    save_file({f"module.{k}": v for k, v in load_file("suspect.safetensors").items()}, "wrapped.safetensors")
+    again = ["--model", "wrapped:build", "--data", "digits", "--limit", "100", "--method", "finetune", "--epochs", "1"]
+    assert run("remove", *again, "--weights", "wrapped.safetensors", "--out", "repaired.safetensors") == 0
+    assert run("remove", *again, "--weights", "repaired.safetensors", "--out", "twice.safetensors") == 0
+
+
 def test_flagged_images_can_be_handed_over(suspect: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     np.save("flagged.npy", np.stack([data.load("digits")[i][0].numpy() for i in range(8)]))
     options = ["--limit", "100", "--epochs", "2", "--out", "repaired.safetensors"]

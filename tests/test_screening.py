@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from copy import deepcopy
 
 import pytest
@@ -463,3 +464,29 @@ def test_results_can_be_compared(screener):
     r = screener.screen(strange(3))
     assert r == r
     assert r != screener.screen(strange(3))
+
+
+def test_a_labelled_pair_is_taken_as_remove_takes_it(model):
+    labels = torch.arange(len(CLEAN))
+    want = Screener(model).fit(CLEAN)
+    assert torch.equal(Screener(model).fit((CLEAN, labels)).score((strange(), labels[: len(strange())])), want.score(strange()))
+    assert Screener(model).fit((CLEAN[:80], CLEAN[80:])).n_fit == 80
+
+
+@pytest.mark.parametrize(
+    ("images", "message"), [(CLEAN[:, :1], "shape"), (CLEAN.permute(0, 2, 3, 1), "shape"), (CLEAN.numpy(), "from_numpy")]
+)
+def test_images_that_the_model_does_not_take_are_named(model, images, message):
+    with pytest.raises((ValueError, TypeError), match=f"clean: .*{message}"):
+        Screener(model).fit(images)
+
+
+def test_images_of_another_size_than_those_it_was_fitted_on(model, tmp_path):
+    screener = Screener(model).fit(CLEAN)
+    screener.save(tmp_path / "s")
+    for one in (screener, Screener.load(tmp_path / "s", model)):
+        with pytest.warns(RuntimeWarning, match="fitted on images of shape"):
+            one.screen(CLEAN[:8, :, 2:, 2:])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            one.screen(CLEAN[:8])

@@ -124,8 +124,8 @@ class Attack:
                 f"target: {self.target} leaves none of {len(labels)} samples to poison (labels {int(labels.min())} to {int(labels.max())}, "
                 f"{len(exclude)} excluded), but rate {rate} asks for {asked}; pass another target ({self!r})"
             )
-        # The CPU's generator, so that the choice does not hang on the device; offset, so that it is not the trigger's own stream.
-        generator = torch.Generator().manual_seed(self.seed + 2**32)
+        # The CPU's generator, so that the choice does not hang on the device.
+        generator = torch.Generator().manual_seed(self.seed)
         chosen = may[torch.randperm(len(may), generator=generator, device="cpu")[:count]]
         free[chosen] = False
         rest = free.nonzero().flatten()
@@ -297,17 +297,17 @@ def labels_of(dataset: Any) -> Tensor:
 
 def _labels_of(dataset: Any) -> Tensor:
     if isinstance(dataset, Subset):
-        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices, dtype=torch.int64)]
+        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices, dtype=torch.int64, device="cpu")]
     if isinstance(dataset, TensorDataset):
         if len(dataset.tensors) < 2:
             raise ValueError("dataset: a TensorDataset of images alone, takes (image, label) items")
-        return dataset.tensors[1].cpu().long()
+        return _classes(dataset.tensors[1])
     labels = getattr(dataset, "labels", None)
     if callable(labels):
-        return torch.as_tensor(labels()).long()
+        return _classes(labels())
     # torchvision's `target_transform` changes labels on reading, so `targets` would not be what the model sees.
     if (targets := getattr(dataset, "targets", None)) is not None and getattr(dataset, "target_transform", None) is None:
-        return torch.as_tensor(targets).long()
+        return _classes(targets)
     return torch.tensor([_label(_checked(dataset[i])[1]) for i in range(len(dataset))], dtype=torch.int64, device="cpu")
 
 
@@ -318,9 +318,20 @@ def _checked(item: Any) -> Any:
     return item
 
 
+def _classes(labels: Any) -> Tensor:
+    given = torch.as_tensor(labels, device="cpu")
+    whole = given.long()
+    if given.is_floating_point() and not torch.equal(whole.to(given.dtype), given):
+        raise ValueError(f"labels: got {float(given[whole != given].flatten()[0]):g}, takes class numbers")
+    return whole
+
+
 def _label(label: Any) -> int:
     try:
-        return int(label)
+        number = int(label)
+        if not isinstance(label, str) and number != label:
+            raise ValueError
+        return number
     except (TypeError, ValueError, RuntimeError):
         shape = f" of shape {tuple(label.shape)}" if hasattr(label, "shape") else f" {label!r}"
         cure = _cure((0, *getattr(label, "shape", ())))

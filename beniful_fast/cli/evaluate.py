@@ -7,6 +7,7 @@ import difflib
 import shlex
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,8 +68,6 @@ def evaluate(
 
     for module, extra in (("pyarrow", "cli"), ("matplotlib", "report"), ("sklearn", "report")):
         need(module, extra)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: {out} is a file, takes a folder")
     wanted = _wanted(attacks, defences, arch)
     where = o.device_of(device)
     removal = {name: value for name, value in (("lr", lr), ("epochs", removal_epochs)) if value is not None}
@@ -87,6 +86,7 @@ def evaluate(
     if show:
         _list(evaluation)
         return
+    _make(out)
     try:
         with o.stoppable():
             _run(evaluation)
@@ -96,6 +96,18 @@ def evaluate(
     finally:
         written = _write(evaluation, out, _command(context))
     print("\n".join(map(str, written)))
+
+
+def _make(out: Path) -> None:
+    """The folder of results, before hours of work would find out that it can't be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except FileExistsError:
+        raise ValueError(f"--out: {out} is a file, takes a folder") from None
+    except OSError as error:
+        raise ValueError(f"--out: {out} can't be written: {error.strerror}; takes a folder") from None
 
 
 def _wanted(attacks: list[str] | None, defences: list[str] | None, arch: str) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def remove(
     from rich.progress import Progress
     from safetensors.torch import save_model
 
+    from ..models import unwrap
     from ..removal import METHODS
     from ..removal import remove as run
     from ..results import replacing
@@ -62,6 +63,8 @@ def remove(
         result = run(
             net, clean, method=method, suspicious=flagged, device=where, seed=seed, progress=lambda row: bar.advance(task), **options
         )
+    # The names of the --model's weights, not of the plain module's inside DataParallel or torch.compile.
+    unwrap(net).load_state_dict(result.model.state_dict())
     with replacing(out) as part:
-        save_model(result.model, str(part))
+        save_model(net, str(part))
     print(f"{out}: {result!r}")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from ..data.base import need
+from ..removal import METHODS
+from .protocol import REMOVALS
 from .tables import NOTHING, Figures, Table, Text, finite, mean, table
 
 Done = Mapping[str, Any]
@@ -348,9 +350,11 @@ def _alike(cells: Iterable[Done]) -> list[tuple[str, list[Done]]]:
 
 
 def _label(cell: Done) -> str:
-    """The defence and its options."""
-    options = ", ".join(f"{k} {v}" for k, v in (cell["key"].get("options") or {}).items())
-    return cell["key"]["defence"].removeprefix("remove:").removeprefix("inspect:") + (f" ({options})" if options else "")
+    """The defence and those of its options that are not a removal's own defaults."""
+    name = cell["key"]["defence"]
+    own = asdict(METHODS[REMOVALS[name]][0]()) if name in REMOVALS else {}
+    options = ", ".join(f"{k} {v}" for k, v in (cell["key"].get("options") or {}).items() if k not in own or own[k] != v)
+    return name.removeprefix("remove:").removeprefix("inspect:") + (f" ({options})" if options else "")
 
 
 def _under(cells: Iterable[Done], attack: str | None) -> list[Done]:

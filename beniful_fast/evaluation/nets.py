@@ -88,7 +88,7 @@ def build(
 ) -> dict[str, Any]:
     """Trains a network, judges it on the test images, and writes it with its card into `folder`; returns the card."""
     recipe = recipe or recipe_for(spec.dataset)
-    planted = _attacks(spec, splits)
+    planted = _attacks(spec, splits, lambda: obtain(spec.clean, lambda: splits, folder, recipe=recipe, split=splits.mark, device=device))
     attack = None if not planted else planted[0] if len(planted) == 1 else Several(planted)
     net = network(spec.arch, splits.n_classes, channels=splits.channels, image=splits.side, seed=spec.seed)
     images, labels = splits.train.tensors
@@ -126,11 +126,14 @@ def build(
     return card
 
 
-def _attacks(spec: NetSpec, splits: Splits) -> list[Attack]:
+def _attacks(spec: NetSpec, splits: Splits, clean: Callable[[], zoo.ZooNet]) -> list[Attack]:
+    """The attacks of a network; `clean` gives the clean one, against which a label-consistent attack makes its images hard."""
     names = [] if spec.attack is None else spec.attack.split("+")
     made = []
     for i, name in enumerate(names):
         options = {"channels": splits.channels} if name == "iad" else spec.settings[name]
+        if name == "label_consistent":
+            options = options | {"surrogate": clean().model}
         made.append(ATTACKS[name](target=(spec.seed + i) % splits.n_classes, seed=spec.seed + i, **options))
     return made
 

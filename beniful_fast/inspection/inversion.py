@@ -332,6 +332,8 @@ def run(job: Job) -> Evidence:
     norms = [t.norm for t in found.triggers if t.asr >= COUNTS]
     median = statistics.median(norms) if norms else math.nan
     accused = found.target is not None and index >= ACCUSES and best.norm <= SMALL * median
+    if index >= ACCUSES and not accused:
+        found.notes.append(f"an outlier, but no small trigger: its norm is {best.norm / median:.2f} of the median, {SMALL} at most accuses")
     return Evidence(
         "neural_cleanse",
         BACKDOORED if accused else INCONCLUSIVE,

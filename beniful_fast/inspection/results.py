@@ -102,7 +102,7 @@ class Evidence:
         target: the class that the backdoor leads to; None unless the verdict is "backdoored".
         confidence: in [0, 1], see `judge`.
         statistic: the number that decides.
-        threshold: (clean up to, backdoored from); between them lies the inconclusive band.
+        threshold: (clean up to, backdoored from); between them lies the inconclusive band. 0 is that of a method that never acquits.
         statistics: all numbers the method reports, by name; `statistic` is among them.
         per_class: one number a class, whose outlier is the suspected target; [] without.
         seconds: wall time.
@@ -137,8 +137,9 @@ class Evidence:
         """One line."""
         where = f" towards class {self.target}" if self.target is not None else ""
         low, high = self.threshold
+        rule = f"clean up to {low:g}, backdoored from {high:g}" if low else f"backdoored from {high:g}, never clean"
         return (
-            f"{self.method}: {self.verdict}{where}, statistic {self.statistic:.3g} (clean up to {low:g}, backdoored from {high:g}), "
+            f"{self.method}: {self.verdict}{where}, statistic {self.statistic:.3g} ({rule}), "
             f"{self.seconds:.1f} s, {self.forward_images} images forward, {self.backward_images} backward"
         )
 

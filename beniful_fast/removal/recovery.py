@@ -55,8 +55,7 @@ class Lost:
         rows = torch.randint(0, len(self.images), (max(2, n // 4),), generator=self.generator, device="cpu")
         x = self.job.to_device(self.images[rows])
         if self.augment is not None and self.augment.augment and x.dim() == 4:
-            padding, flips = self.job.bearable(self.augment)
-            x = crop_and_flip(x, padding, flips=flips, generator=self.generator)
+            x = crop_and_flip(x, **self.job.bearable(self.augment), generator=self.generator)
         return x, self.classes[rows].to(self.job.device)
 
 

@@ -26,10 +26,10 @@ class RemovalResult:
             or a point of a pruning curve, with "pruned" in place of "epoch". Also what else the method measures, and what `curve`
             returned.
         before, after: what `evaluate` returned, {} without it.
-        did_nothing: nothing changed that matters. With `evaluate`: no figure moved by 2 points or more (shares are taken as points of
-            100 where all figures lie in [-1, 1]). Without, or beside it: every parameter is bit-identical (BatchNorm's running
-            statistics may have moved). Without, also: no prediction on held-out or suspicious images changed and the parameters moved by
-            less than 1 % of their norm. False does not mean that the backdoor is gone: only triggered images can tell that.
+        did_nothing: nothing changed that matters. With `evaluate`: no figure moved by 2 points or more (one that lies in [-1, 1]
+            before and after is taken as a share, of which 0.02 are 2 points). Without, or beside it: every parameter is bit-identical
+            (BatchNorm's running statistics may have moved). Without, also: no prediction on held-out or suspicious images changed and the
+            parameters moved by less than 1 % of their norm. False does not mean that the backdoor is gone: only triggered images can tell.
         method: the method's name.
         notes: what was decided by itself, and what should be known of the outcome.
     """
@@ -69,11 +69,13 @@ def weight_change(before: nn.Module, after: nn.Module) -> float:
 
 
 def figures_moved(before: Mapping[str, float], after: Mapping[str, float]) -> bool:
-    """Whether any figure of `evaluate` moved by two points; a figure that is missing or NaN on one side only has moved."""
-    values = [v for side in (before, after) for v in side.values() if math.isfinite(v)]
-    step = MOVED if all(abs(v) <= 1 for v in values) else 100 * MOVED
+    """Whether any figure of `evaluate` moved by two points; a figure that is missing or NaN on one side only has moved.
+
+    A figure that stays within 1 is a share and moves by 0.02, another one by 2.
+    """
     for name in {*before, *after}:
         old, new = before.get(name, math.nan), after.get(name, math.nan)
+        step = MOVED if max(abs(old), abs(new)) <= 1 else 100 * MOVED
         if math.isnan(old) != math.isnan(new) or abs(new - old) >= step:
             return True
     return False

@@ -49,7 +49,7 @@ class Recipe:
         momentum, weight_decay: of stochastic gradient descent with Nesterov's momentum.
         clip: largest l2 norm of the whole gradient; None leaves it as it is.
         augment: random crops after padding and horizontal flips, each only if the model's held-out accuracy bears it (digits do not bear
-            flips); False leaves both out.
+            flips); crops pad with zeros, else with the border's pixels, else with half as many of those; False leaves both out.
         padding: of those crops, in pixels; None is an eighth of the shorter side.
         held_out: share of the clean images that judges the epochs and is not trained on.
         tolerance: the latest epoch is returned whose held-out accuracy lies within this of the best one, after the first half.
@@ -130,7 +130,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     judge: Callable[[nn.Module], dict[str, float]] | None = None
     format: torch.memory_format = torch.preserve_format
-    _bearable: tuple[int, bool] | None = None
+    _bearable: dict[str, Any] | None = None
 
     def log(self, row: dict[str, Any], model: nn.Module) -> None:
         """Adds a row to the history, with the caller's figures of `model` if there are to be any, and reports it."""
@@ -168,17 +168,22 @@ class Job:
         outputs = self.outputs(model, self.data.held_images if images is None else images)
         return float((predicted(outputs).cpu() == self.data.held_labels).float().mean())
 
-    def bearable(self, recipe: Recipe) -> tuple[int, bool]:
-        """The padding of crops, 0 for none, and whether to flip: what leaves the frozen model's held-out accuracy within 5 points."""
+    def bearable(self, recipe: Recipe) -> dict[str, Any]:
+        """Options of `crop_and_flip` that leave the frozen model's held-out accuracy within 5 points."""
         if self._bearable is None:
             held, generator = self.data.held_images, torch.Generator().manual_seed(self.seed)
             pad = min(held.shape[2:]) // 8 if recipe.padding is None else recipe.padding
             least = self.accuracy(self.frozen) - 0.05
             flip = self.accuracy(self.frozen, held.flip(3)) >= least
-            crop = pad > 0 and self.accuracy(self.frozen, crop_and_flip(held, pad, flips=False, generator=generator)) >= least
-            tried = [("flips", flip)] + [("crops", crop)] * (pad > 0)
-            self.notes += [f"no {what}: the model's accuracy falls under them" for what, ok in tried if not ok]
-            self._bearable = (pad if crop else 0), flip
+            # Zeros are black or grey, as the images are normalised; a model that was trained without such borders may bear repeated ones.
+            tried: list[dict[str, Any]] = [{"padding": p, "edge": edge} for p, edge in ((pad, False), (pad, True), (pad // 2, True)) if p]
+            crops = (crop_and_flip(held, **crop, flips=False, generator=generator) for crop in tried)
+            chosen = next((crop for crop, x in zip(tried, crops, strict=True) if self.accuracy(self.frozen, x) >= least), None)
+            self.notes += ["no flips: the model's accuracy falls under them"] * (not flip)
+            if chosen and chosen["edge"]:
+                self.notes.append(f"crops repeat the border, {chosen['padding']} pixels: the model's accuracy falls under zeros")
+            self.notes += ["no crops: the model's accuracy falls under them"] * (chosen is None and pad > 0)
+            self._bearable = {**(chosen or {"padding": 0}), "flips": flip}
         return self._bearable
 
 
@@ -267,8 +272,7 @@ def train(
                 group["lr"] = group["share"] * recipe.lr * learning_rate(step, steps, recipe.warmup)
             x, y = job.to_device(images[rows]), labels[rows].to(job.device)
             if recipe.augment and x.dim() == 4:
-                padding, flips = job.bearable(recipe)
-                x = crop_and_flip(x, padding, flips=flips, generator=generator)
+                x = crop_and_flip(x, **job.bearable(recipe), generator=generator)
             with autocast(job.device, recipe.precision):
                 value, terms = compute(x, y)
             if not value.requires_grad:

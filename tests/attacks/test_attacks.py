@@ -460,3 +460,11 @@ def test_a_rate_that_poisons_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rate: 0\.005 of 60 samples is none"):
         ATTACKS["badnets"](target=0, seed=0).poison(data, 0.005)
     assert not ATTACKS["badnets"](target=0, seed=0).poison(data, 0.0).poisoned_indices
+
+
+@pytest.mark.parametrize("of", [TensorDataset, lambda x, y: list(zip(x, y, strict=True))])
+def test_labels_that_are_no_whole_numbers(of) -> None:
+    x, y = images(20)
+    assert make("badnets").poison(of(x, y.float()), 0.2).poisoned_indices == make("badnets").poison(of(x, y), 0.2).poisoned_indices
+    with pytest.raises(ValueError, match=r"labels: got .*class number"):
+        make("badnets").poison(of(x, y + 0.5), 0.2)

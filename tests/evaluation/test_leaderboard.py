@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from beniful_fast.evaluation.exports import rows, write
 from beniful_fast.evaluation.leaderboard import markdown, sections
 from beniful_fast.evaluation.tables import Figures, Text, table
+from beniful_fast.removal import METHODS
 
 from .finished_cells import RECIPE, inspected, removed, screened, trained
 
@@ -93,6 +95,13 @@ def test_details_span_the_intervals_of_all_seeds_and_name_options() -> None:
     found = lines(cells, "Screening: each attack")[1]
     assert found[:5] == ["badnets", "strip (overlays 20)", "0.850 ± 0.071", "0.790 to 0.910", "0.510"]
     assert found[9] == "1.0% to 12.0%"
+
+
+def test_of_a_removals_options_those_are_named_that_are_not_its_own() -> None:
+    usual, other = removed("badnets", "ban", (0.9, 0.1, 0.5)), removed("badnets", "ban", (0.9, 0.2, 0.5))
+    for cell, options in ((usual, {}), (other, {"lr": 0.2, "precision": "bf16"})):
+        cell["key"] = {**cell["key"], "options": asdict(METHODS["ban"][0](**options))}
+    assert [row[0] for row in lines([usual, other], "Removal")[1:]] == ["ban", "ban (lr 0.2, precision bf16)"]
 
 
 def test_removal_that_did_nothing_is_never_best() -> None:

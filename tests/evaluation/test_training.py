@@ -77,6 +77,8 @@ def test_crop_and_flip_moves_whole_images() -> None:
     seen = {next(k for k, w in wanted.items() if torch.equal(image, w)) for image in y}
     assert len(seen) > 40
     assert torch.equal(crop_and_flip(x, 0, flips=False), x)
+    plain = x[:, :, :1, :1].expand_as(x)
+    assert torch.equal(crop_and_flip(plain, 3, edge=True), plain)
     assert crop_and_flip(x.half()).dtype == torch.float16
 
 
@@ -178,7 +180,7 @@ def test_corruptions_are_harmless(name: str, channels: int) -> None:
     assert 0 < change < (0.2 if name == "brightness" else 0.05)
 
 
-@pytest.mark.parametrize("attack", [None, "badnets", "iad", "badnets+blend"])
+@pytest.mark.parametrize("attack", [None, "badnets", "iad", "label_consistent", "badnets+blend"])
 def test_a_network_of_the_zoo_comes_back_as_it_was_judged(attack: str | None, digits: Splits, tmp_path) -> None:
     spec = NetSpec("digits", "resnet12w", attack, seed=2, rate=0.2)
     card = build(spec, digits, tmp_path, recipe=SMALL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from beniful_fast.attacks import BadNets
@@ -219,3 +219,29 @@ def test_complementary_labels_are_minus_log_of_the_rest() -> None:
     loss = complement(one, torch.tensor([1, 1]))
     loss.backward()
     assert float(loss) == pytest.approx(150.0) and one.grad is not None and bool(one.grad.isfinite().all())
+
+
+class Bright(nn.Module):
+    """Classifies by the brightest channel, and wrongly with black pixels or more than `most` rows that repeat the one above."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.fc, self.most = nn.Linear(3, 3), most
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.eye(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.fc(x.mean((2, 3)))
+        repeated = (x.diff(dim=2) == 0).all(3).all(1).sum(1)
+        wrong = (x == 0).flatten(1).any(1) | (repeated > self.most)
+        return torch.where(wrong[:, None], -out, out)
+
+
+@pytest.mark.parametrize(
+    ("most", "note"), [(9, "crops repeat the border, 3 pixels"), (1, "crops repeat the border, 1 pixels"), (0, "no crops")]
+)
+def test_crops_fall_back_to_what_the_model_bears(most: int, note: str) -> None:
+    labels = torch.arange(90) % 3
+    x = 0.1 + 0.1 * torch.rand(90, 3, 24, 24) + 0.5 * torch.eye(3)[labels][:, :, None, None]
+    notes = remove(Bright(most), (x, labels), method="finetune", epochs=1).notes
+    assert any(note in found for found in notes), notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from beniful_fast.removal import METHODS, RemovalResult, remove
+from beniful_fast.removal.results import figures_moved
 
 from ..models import ConvHead, Plain, Returns, SmallNet, Tokens, images, seeded
 from .bed import bed, figures
@@ -110,6 +112,14 @@ def test_a_tiny_learning_rate_did_nothing_without_and_with_evaluation() -> None:
     assert remove(net, clean, **options).did_nothing
     assert remove(net, clean, evaluate=figures, **options).did_nothing
     assert not remove(net, clean, method="finetune", epochs=1, lr=0.1).did_nothing
+
+
+def test_whether_figures_moved_is_asked_of_each_on_its_own_scale() -> None:
+    still = {"ASR": 0.5, "loss": 2.3, "images": 500.0}
+    assert not figures_moved(still, {"ASR": 0.51, "loss": 3.3, "images": 501.0})
+    assert figures_moved(still, {**still, "ASR": 0.47})
+    assert figures_moved(still, {**still, "images": 503.0})
+    assert figures_moved(still, {**still, "loss": math.nan}) and not figures_moved({"ASR": math.nan}, {"ASR": math.nan})
 
 
 def test_history_progress_and_repr() -> None:
