@@ -14,6 +14,7 @@ from .logits import unsquashed
 # Shares of the samples on which `typical` fits, step by step.
 CONCENTRATION = (*[0.5] * 5, 0.9)
 SHRINKAGE, ROWS_PER_FEATURE = 0.01, 2  # of a covariance, where there are so many images a feature
+INCONSISTENT = 3.0  # so a model that is inconsistent on a third of clean images has no say
 ODDS, ODDS_RANGE = 3.0, (0.25, 0.95)  # chosen on the zoo, see docs/decisions.md
 SCORES = ("combined", "beniful", "mahalanobis", "norm", "softmax")
 
@@ -24,7 +25,7 @@ def beniful_score(distance: Tensor, consistent: Tensor | None, weight: float, be
     Args:
         distance: (N,) reconstruction distances d >= 0; 0 counts as the smallest positive number, NaN stays NaN.
         consistent: (N,) bool, or None to leave inference consistency out.
-        weight: w, the interquartile range of log d on the fit half.
+        weight: w, see `consistency_weight`.
         beside: other squared distances (N,) >= 0, which count as much each.
 
     Returns:
@@ -33,6 +34,19 @@ def beniful_score(distance: Tensor, consistent: Tensor | None, weight: float, be
     parts = [value.float().clamp_min(torch.finfo(torch.float32).tiny).log() for value in (distance, *beside)]
     s = torch.stack(parts).sum(0)
     return s if consistent is None else s + weight * (~consistent).to(s.dtype)
+
+
+def consistency_weight(log_d: Tensor, consistent: Tensor | None) -> float:
+    """w = iqr(log d) max(0, 1 - 3 share), with the share of clean images that are inconsistent.
+
+    An unsure model gives many reconstructed images another class, and triggered ones, of which it is sure, less often.
+
+    Args:
+        log_d: (N,) of the fit half.
+        consistent: (N,) bool, or None.
+    """
+    share = 0.0 if consistent is None else float((~consistent).double().mean())
+    return max(0.0, 1 - INCONSISTENT * share) * iqr(log_d)
 
 
 def iqr(values: Tensor) -> float:

@@ -19,7 +19,7 @@ from .calibration import Calibration, check_count, check_options, images_needed
 from .features import FeatureTap
 from .pipeline import PRECISIONS, Pipeline, Raw, join
 from .results import ScreeningResult
-from .scores import ROWS_PER_FEATURE, SCORES, ClassGaussians, OddsTerm, iqr, typical
+from .scores import ROWS_PER_FEATURE, SCORES, ClassGaussians, OddsTerm, consistency_weight, typical
 from .vae import MINIMUM, FeatureVAE, fit_image_vae, fit_vae
 
 READINGS = ("features", "images")
@@ -37,10 +37,11 @@ class Screener(Pipeline):
     >>> result = screener.screen(loader)                     # scores, p-values, flags, predictions, keys
 
     A VAE learns the clean features; s = log d + w [inconsistent] with d the standardised reconstruction error, inconsistent when the
-    model's head predicts another class from the reconstructed feature, and w the interquartile range of log d. To that the default adds
-    log m, the class-conditional Mahalanobis distance, of the same features and of their peaks, and v times the log-odds of the predicted
-    class, with v the larger the less sure the model is of clean images (`OddsTerm`). A higher score is more suspicious. p-values are
-    split-conformal: p = (1 + #{calibration scores >= s}) / (n + 1) on clean images that nothing was fitted on.
+    model's head predicts another class from the reconstructed feature, and w the smaller the more clean images are inconsistent
+    (`consistency_weight`). To that the default adds log m, the class-conditional Mahalanobis distance, of the same features and of their
+    peaks, and v times the log-odds of the predicted class, with v the larger the less sure the model is of clean images (`OddsTerm`). A
+    higher score is more suspicious. p-values are split-conformal: p = (1 + #{calibration scores >= s}) / (n + 1) on clean images that
+    nothing was fitted on.
 
     Args:
         model: any nn.Module image classifier that takes a batch and returns logits (or a dict, ModelOutput or tuple with them). It runs
@@ -392,7 +393,8 @@ class Screener(Pipeline):
         self.weight = 0.0
         raw = self._complete(raw, images)
         with self._undisturbed():
-            self.weight = iqr(self._finish(raw)[0])
+            scores, _, consistent = self._finish(raw)
+            self.weight = consistency_weight(scores, consistent)
             if self.score_kind == "combined":
                 self._fit_gaussians(raw, keep)
                 self.odds_term = OddsTerm.fit(self._finish(raw)[0], self._odds(raw))

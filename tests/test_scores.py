@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from beniful_fast.scores import OddsTerm, iqr, log_odds
+from beniful_fast.scores import OddsTerm, consistency_weight, iqr, log_odds
 from beniful_fast.screening import Screener
 
 from .screening_cases import CLEAN, spread_net
@@ -49,6 +49,13 @@ def test_whether_outputs_are_probabilities_is_decided_once(end, tmp_path):
         assert one.score(CLEAN).isfinite().all()
     outside = raw._replace(odds=torch.tensor([[2.0, nan], [3.0, 1.0]]))
     assert screener._odds(outside).tolist() == ([2.0, 1.0] if screener.probabilities else [2.0, 3.0])
+
+
+def test_the_weight_of_consistency_falls_with_the_share_of_clean_images_that_lack_it():
+    log_d = torch.randn(1000, generator=torch.Generator().manual_seed(7))
+    weights = [consistency_weight(log_d, torch.arange(1000) >= changed) / iqr(log_d) for changed in (0, 100, 300, 500)]
+    assert weights == pytest.approx([1, 0.7, 0.1, 0])
+    assert consistency_weight(log_d, None) == iqr(log_d)
 
 
 def test_the_weight_of_the_odds_follows_the_doubt_of_the_model():

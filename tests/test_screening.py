@@ -85,7 +85,8 @@ def test_score_is_the_log_of_each_distance_plus_weighted_inconsistency(model, sc
         z = FeatureTap(model)(fitted).joined
         log_d = (vae.standardize(z) - vae(z)).square().mean(1).log()
         p = model(fitted).softmax(1).amax(1)
-    assert screener.weight == pytest.approx(iqr(log_d), rel=1e-3)
+        changed = model.fc(vae(z) * vae.std + vae.mean).argmax(1) != model(fitted).argmax(1)
+    assert screener.weight == pytest.approx(max(0, 1 - 3 * float(changed.double().mean())) * iqr(log_d), rel=1e-3)
     if term is not None:
         odds = (p / (1 - p)).log()
         share = min(1, 3 * (1 - float(p.mean())))
@@ -431,7 +432,7 @@ def test_a_failed_refit_leaves_the_old_screener(model, monkeypatch):
     before, note, want = s._vae, s.consistency_note, s.score(strange())
     with pytest.raises(ValueError, match="calibration: got 18"):
         s.fit(images(60, seed=8), calibration=CLEAN[:18])
-    monkeypatch.setattr("beniful_fast.screening.iqr", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("beniful_fast.screening.consistency_weight", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         s.fit(images(60, seed=8))
     assert s._vae is before
