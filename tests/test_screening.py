@@ -432,7 +432,7 @@ def test_a_failed_refit_leaves_the_old_screener(model, monkeypatch):
     before, note, want = s._vae, s.consistency_note, s.score(strange())
     with pytest.raises(ValueError, match="calibration: got 18"):
         s.fit(images(60, seed=8), calibration=CLEAN[:18])
-    monkeypatch.setattr("beniful_fast.screening.consistency_weight", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("beniful_fast.screening.consistency_weight", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         s.fit(images(60, seed=8))
     assert s._vae is before
