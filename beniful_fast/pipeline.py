@@ -58,6 +58,7 @@ class Pipeline:
     weight: float
     odds_term: OddsTerm | None
     probabilities: bool
+    image_shape: tuple[int, ...] | None
     _takes_channels_last: bool | None = None
 
     @contextmanager
@@ -146,6 +147,28 @@ class Pipeline:
             return raw
         distance, consistent = self._second(x, z, out, classes)
         return raw._replace(distance=distance, consistent=consistent)
+
+    def _try(self, few: Tensor, name: str) -> None:
+        """A first pass: says of which argument the images are that the model does not take, and warns."""
+        shape = tuple(few.shape[1:])
+        try:
+            self._warn_of_batches(few)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            what = f"{name}: the model fails on {few.dtype} images of shape {shape}: {str(error).splitlines()[0]}"
+            raise ValueError(f"{what}; takes the images that the model takes, (N, C, H, W)") from error
+        self.image_shape = self.image_shape or shape
+        self._warn_of_size(few)
+
+    def _warn_of_size(self, x: Tensor) -> None:
+        if self.image_shape and tuple(x.shape[1:]) != self.image_shape:
+            warnings.warn(
+                f"the Screener was fitted on images of shape {self.image_shape}, these have {tuple(x.shape[1:])}: its false-positive rate "
+                "does not hold for them",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _warn_of_batches(self, few: Tensor) -> None:
         """Of a model that sees the other images of a batch (BatchNorm without running statistics), or draws (functional dropout)."""

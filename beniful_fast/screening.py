@@ -326,28 +326,6 @@ class Screener(Pipeline):
             raise ValueError(f"{name}: got images of {len(sizes)} sizes, which can't be kept together; resize them")
         return join(parts), torch.cat(kept) if keep else None
 
-    def _try(self, few: Tensor, name: str) -> None:
-        """A first pass: says of which argument the images are that the model does not take, and warns."""
-        shape = tuple(few.shape[1:])
-        try:
-            self._warn_of_batches(few)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            what = f"{name}: the model fails on {few.dtype} images of shape {shape}: {str(error).splitlines()[0]}"
-            raise ValueError(f"{what}; takes the images that the model takes, (N, C, H, W)") from error
-        self.image_shape = self.image_shape or shape
-        self._warn_of_size(few)
-
-    def _warn_of_size(self, x: Tensor) -> None:
-        if self.image_shape and tuple(x.shape[1:]) != self.image_shape:
-            warnings.warn(
-                f"the Screener was fitted on images of shape {self.image_shape}, these have {tuple(x.shape[1:])}: its false-positive rate "
-                "does not hold for them",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-
     def _refuse_nan(self, raw: Raw, name: str) -> None:
         for what, values in ((f"features at layer {self.layer!r}", raw.z), (f"peaks at {', '.join(self._tap.peak_layers)}", raw.peaks)):
             bad = 0 if values is None else int((~values.isfinite()).any(1).sum())
