@@ -158,7 +158,8 @@ class Pipeline:
         except RuntimeError as error:
             what = f"{name}: the model fails on {few.dtype} images of shape {shape}: {str(error).splitlines()[0]}"
             raise ValueError(f"{what}; takes the images that the model takes, (N, C, H, W)") from error
-        self.image_shape = self.image_shape or shape
+        if name == "clean":
+            self.image_shape = shape
         self._warn_of_size(few)
 
     def _warn_of_size(self, x: Tensor) -> None:

@@ -315,6 +315,8 @@ class Screener(Pipeline):
                 with self._undisturbed():
                     if not parts:
                         self._try(x[:2], name)
+                    if name == "clean" and tuple(x.shape[1:]) != self.image_shape:
+                        self.image_shape = None  # of several sizes none is another one
                     parts += [self._forward(part) for part in self._split(x)]
                 if keep:
                     kept.append(x.cpu())

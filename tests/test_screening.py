@@ -491,3 +491,11 @@ def test_images_of_another_size_than_those_it_was_fitted_on(model, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             one.screen(CLEAN[:8])
+
+
+def test_no_size_is_another_one_to_a_screener_fitted_on_several(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="the (model predicts class|VAE collapsed)")
+        screener = Screener(model).fit([CLEAN[:80], CLEAN[80:, :, 2:, 2:]])
+        screener.screen(CLEAN[:8, :, 1:, 1:])
