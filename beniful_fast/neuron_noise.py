@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,6 +127,13 @@ class NeuronNoise:
                     d.add_(gradient.sign(), alpha=step)
                 if self.projection:
                     d.clamp_(-self.eps, self.eps)
+
+    def raised(self, objective: Callable[[], Tensor], generator: torch.Generator, steps: int = 1) -> Tensor:
+        """`objective`, a scalar computed from calls of this object, under noise drawn and led up it in steps of eps / steps."""
+        self.draw(generator)
+        for _ in range(steps):
+            self.ascend(objective(), self.eps / steps)
+        return objective()
 
     def __call__(self, x: Tensor) -> Any:
         """The model's output for a batch under the noise."""

@@ -117,14 +117,8 @@ class _Loss:
         if options.hold and self.epoch + 1 == self.recovers_from < options.epochs:
             changed, fooled = fooling(job, self.perturb, x, y)
             self.adversarial.append(changed[fooled].cpu())
-        self.noise.draw(self.generator)
-        for _ in range(options.noise_steps):
-            self.noise.ascend(self._under_noise(x, y), options.eps / options.noise_steps)
-        noised = self._under_noise(x, y)
+        noised = self.noise.raised(lambda: job.cross_entropy(job.logits(self.noise, x), y), self.generator, options.noise_steps)
         return job.cross_entropy(job.logits(job.student, x), y) + options.noise_weight * noised, {"noised_loss": noised}
-
-    def _under_noise(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.job.cross_entropy(self.job.logits(self.noise, x), y)  # type: ignore[arg-type]  # any callable does
 
     def _recover(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         job, options, n, terms = self.job, self.options, len(x), {}

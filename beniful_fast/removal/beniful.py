@@ -3,12 +3,12 @@
 L = CE(M_e(x), y) + weight * F, where F compares pooled middle features of the student with those of the frozen, backdoored model. The
 sources leave F's direction open.
 
-"align" has two halves. The first forgets: the last layers, where a trigger's small trace grows into the target class, start anew, and F
-pulls the features of adversarial images to the frozen model's features of the clean images that they were made of. Adversarial images are
-small changes that give another class in the backdoored model, and the shortest way there is often its backdoor, so they stand in for
-triggered ones. The second half recovers accuracy: F and a distillation follow the frozen model on clean images, which hold no trigger.
-It also holds on to what the first half found: adversarial images, or suspicious inputs where there are any, that lost the backdoored
-model's class do not get it back. Without that some of the backdoor returns with the accuracy.
+"align" has two halves. The first forgets: F pulls the features of adversarial images to the frozen model's features of the clean images
+that they were made of. Adversarial images are small changes, or patches, that give another class in the backdoored model, and the shortest
+way there is often its backdoor, so they stand in for triggered ones. Neuron noise, as in BAN, adds what no change of pixels finds. The
+second half recovers accuracy: F and a distillation follow the frozen model on clean images, which hold no trigger. It also holds on to
+what the first half found: adversarial images, or suspicious inputs where there are any, that lost the backdoored model's class do not get
+it back. Without that some of the backdoor returns with the accuracy.
 
 "repel" keeps the weights and drives the features of clean images away from the frozen ones by a hinge, max(0, margin - distance).
 """
@@ -21,19 +21,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
+from ..models import copied
+from ..neuron_noise import NeuronNoise, unfit
 from ..ops import feature_distance_loss
 from ..vae import FeatureVAE, fit_vae
 from .adversarial import Perturbation
 from .recovery import Lost, complement, divergence, fooling
-from .stages import Taps, find_stages, last_layers
+from .stages import Taps, find_stages
 from .training import PREDICT_BATCH, Job, Recipe, check_at_least_0, train
 
 DIRECTIONS = ("align", "repel")
 TARGETS = ("frozen", "vae", "class_mean")
 KINDS = ("relative", "mse", "cosine")
+NOISE = 0.3  # BAN's
 STEPS = 216  # of 12 epochs on 2,500 images, for which the other defaults were chosen
 
 
@@ -48,15 +50,14 @@ class Options(Recipe):
         margin: of the hinge for "repel".
         targets: for "align", the frozen model's features of the same image, their reconstruction by a FeatureVAE fitted on clean features,
             or the class mean of those.
-        restart: share of the convolutions and Linears, the last ones, that start anew with the head; None is 1/8 for "align" (at least
-            one), 0 for "repel".
-        keep: share of their old weights in those that start anew.
-        rest_lr: learning rate of all other layers, as a share of `lr`, where layers start anew; at 0 their BatchNorm statistics stay too.
         distill: weight of the divergence from the frozen model's softened logits on clean images, which brings accuracy back.
         temperature: of that softening.
         forget: share of the epochs, the first ones, that train on adversarial images instead of following the frozen model, for "align".
         adversarial: weight of their feature distance.
-        eps: largest change of their pixels, as a share of the pixel range of the clean images.
+        noise_weight: of the cross-entropy under neuron noise beside them, see `remove(method="ban")`; a model that can carry none goes
+            without.
+        eps: largest change of the adversarial images' pixels, as a share of the pixel range of the clean ones; a quarter of them get a
+            patch instead, see `Perturbation`.
         adversarial_steps: gradient steps to each.
         suspicious_weight: of -log(1 - p), with p the probability of the backdoored model's class on suspicious inputs that lost it (where
             there are none, on adversarial images that did); 0 leaves it out.
@@ -70,31 +71,25 @@ class Options(Recipe):
     kind: str = "relative"
     margin: float = 1.0
     targets: str = "frozen"
-    restart: float | None = None
-    keep: float = 0.1
-    rest_lr: float = 0.5
     distill: float = 1.0
     temperature: float = 4.0
     forget: float = 0.5
     adversarial: float = 1.0
+    noise_weight: float = 0.5
     eps: float = 0.1
     adversarial_steps: int = 3
     suspicious_weight: float = 3.0
     epochs: int | None = None  # type: ignore[assignment]  # `run` fills it in
-    lr: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, takes in (("direction", DIRECTIONS), ("targets", TARGETS), ("kind", KINDS)):
             if getattr(self, name) not in takes:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, takes one of {', '.join(map(repr, takes))}")
-        for name in ("weight", "margin", "rest_lr", "distill", "suspicious_weight", "forget", "adversarial", "eps"):
+        for name in ("weight", "margin", "distill", "suspicious_weight", "forget", "adversarial", "noise_weight", "eps"):
             check_at_least_0(name, getattr(self, name))
-        check_at_least_0("keep", self.keep)
-        if self.restart is not None:
-            check_at_least_0("restart", self.restart)
-        if self.keep > 1 or self.forget > 1 or (self.restart or 0) > 1:
-            raise ValueError(f"keep, forget, restart: got {self.keep}, {self.forget}, {self.restart}, takes shares in [0, 1]")
+        if self.forget > 1:
+            raise ValueError(f"forget: got {self.forget}, takes a share in [0, 1]")
         if not self.temperature > 0:
             raise ValueError(f"temperature: got {self.temperature!r}, takes a positive number")
         number = self.adversarial_steps
@@ -113,55 +108,11 @@ def run(job: Job, options: Options) -> None:
     few = job.to_device(job.data.images[:2])
     layers = job.layer or find_stages(job.student, few)[-3:]
     job.notes.append(f"feature distance ({options.direction}) at {', '.join(map(repr, layers))}")
-    share = (0.125 if options.direction == "align" else 0.0) if options.restart is None else options.restart
-    restarted = last_layers(job.student, few, share) if share else []
-    slow: dict[nn.Parameter, float] = {}
-    held: list[nn.Module] = []
-    restarted = start_anew(job.student, restarted, options.keep)
-    if share and not restarted:
-        job.notes.append("no layer could be started anew: none of the last ones draws its own weights")
-    if restarted:
-        job.notes.append(f"started anew: {len(restarted)} layers, {restarted[0]!r} to {restarted[-1]!r}")
-        fresh = {p for name in restarted for p in job.student.get_submodule(name).parameters()}
-        slow = {p: options.rest_lr for p in job.student.parameters() if p not in fresh}
-        if not options.rest_lr:
-            again = {job.student.get_submodule(name) for name in restarted}
-            held = [m for m in job.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in again]
     with Taps(job.frozen, layers) as wanted, Taps(job.student, layers) as taps:
         loss = _Loss(job, options, epochs, wanted, taps)
         if job.suspicious is not None and loss.recovers_from >= epochs:
             job.notes.append("suspicious inputs are not used: they enter the recovery, for which no epoch is left; give more epochs")
-        train(job, options, loss, phase="repair", slow=slow, held=held, before_epoch=loss.begin)
-
-
-@torch.no_grad()
-def start_anew(model: nn.Module, names: list[str], keep: float) -> list[str]:
-    """Draws the layers' parameters again, by their own `reset_parameters`, mixes in `keep` of the old ones, and names those it did."""
-    return [name for name in names if _restart(model.get_submodule(name), keep)]
-
-
-def _restart(module: nn.Module, keep: float) -> bool:
-    shown = list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]
-    if not shown and not isinstance(getattr(module, "weight", None), nn.Parameter | None):
-        # A hook computes the weight anew in each pass (the old weight_norm), so a drawn one would not last.
-        return False
-    if any(not hasattr(step, "right_inverse") for name in shown for step in module.parametrizations[name]):  # type: ignore[index,union-attr]
-        return False  # what it is computed from cannot be found
-    tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor) and not k.startswith("parametrizations.")}
-    old = {name: value.clone() for name, value in tensors.items()} | {name: getattr(module, name).clone() for name in shown}
-    try:
-        with parametrize.cached():
-            # Within, a parametrized weight is one tensor, which `reset_parameters` can fill.
-            drawn = {name: getattr(module, name) for name in shown}
-            module.reset_parameters()  # type: ignore[operator]
-    except TypeError:
-        return False  # the module's own, with arguments
-    for name, value in tensors.items():
-        if value.is_floating_point():
-            value.lerp_(old[name], keep)
-    for name, value in drawn.items():
-        setattr(module, name, value.lerp(old[name], keep))
-    return True
+        train(job, options, loss, phase="repair", before_epoch=loss.begin)
 
 
 class _Loss:
@@ -177,6 +128,7 @@ class _Loss:
         self.targets = self._make_targets()
         self.generator = torch.Generator().manual_seed(job.seed + 1)
         self.perturb = Perturbation(job.data.images, options.eps, options.adversarial_steps, torch.Generator().manual_seed(job.seed + 2))
+        self.noise, self.noise_draws = self._make_noise(), torch.Generator().manual_seed(job.seed)
 
     def begin(self, epoch: int) -> None:
         """Called before each epoch, from 0."""
@@ -230,7 +182,21 @@ class _Loss:
         distance = feature_distance_loss(features, goals, kind=self.options.kind, reduction="none")
         # Only where the backdoored model is fooled: a change that it withstands is no trigger.
         distance = (distance * fooled).mean()
-        return job.cross_entropy(logits, y) + self.options.adversarial * distance, {"adversarial_distance": distance}
+        total, terms = job.cross_entropy(logits, y) + self.options.adversarial * distance, {"adversarial_distance": distance}
+        if self.noise is not None:
+            noise = self.noise
+            terms["noised_loss"] = noise.raised(lambda: job.cross_entropy(job.logits(noise, x), y), self.noise_draws)
+            total = total + self.options.noise_weight * terms["noised_loss"]
+        return total, terms
+
+    def _make_noise(self) -> NeuronNoise | None:
+        job, options = self.job, self.options
+        if options.direction != "align" or not options.noise_weight or not options.forget:
+            return None
+        if reason := unfit(copied(job.student).train(), job.to_device(job.data.images[:8])):
+            job.notes.append(f"without neuron noise: {reason}")
+            return None
+        return NeuronNoise(job.student, eps=NOISE)
 
     def _make_targets(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
         """For each layer, what turns the frozen model's features (N, C) of images of classes (N,) into targets."""

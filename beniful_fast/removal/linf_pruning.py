@@ -16,7 +16,7 @@ from ..features import FeatureTap
 from ..logits import find_logits, predicted
 from ..ops.schemas import NORM_CODES
 from ..ops.stats import ChannelStats, SampleMean, channel_stats
-from .stages import Taps, find_stages, last_layers
+from .stages import Taps, find_stages, layers_in_order
 from .training import PREDICT_BATCH, Job, Recipe, check_at_least_0, evaluating, train
 
 # The curve has at most this many points behind the first.
@@ -104,7 +104,7 @@ def find_sites(model: nn.Module, x: Tensor, layer: Sequence[str] | None = None) 
         if not isinstance(module, READERS) or getattr(module, "groups", 1) != 1:
             raise ValueError(f"layer: got {name!r}, takes Linear or ungrouped convolution layers, whose input channels are pruned")
     if layer is None:
-        linear = [f"{name}:input" for name in last_layers(model, x, 1.0) if isinstance(tap.module(name), nn.Linear)]
+        linear = [f"{name}:input" for name in layers_in_order(model, x) if isinstance(tap.module(name), nn.Linear)]
         readers = [*[name for name in linear if name not in readers], *readers]
     # Only a Linear reads vectors, whose norms are all one: there the map that became the vector is looked for.
     vectors = any(isinstance(tap.module(name), nn.Linear) for name in readers)

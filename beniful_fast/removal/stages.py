@@ -151,27 +151,18 @@ def find_stages(model: nn.Module, x: Tensor) -> list[str]:
     return [*names, head]
 
 
-def last_layers(model: nn.Module, x: Tensor, share: float) -> list[str]:
-    """Names of the layers that end a network, in the order they run: a share of its convolutions and Linears, and the head.
-
-    At least one before the head; norm layers that run among them are counted in. A layer that runs earlier as well is left out.
-    """
+def layers_in_order(model: nn.Module, x: Tensor) -> list[str]:
+    """Names of the layers with weights of their own, in the order in which one pass in eval mode first runs them."""
     tap = FeatureTap(model)
-    rows: list[tuple[str, nn.Module]] = []
+    names: list[str] = []
     handles = []
     for name, module in model.named_modules():
         if hasattr(module, "reset_parameters") and not isinstance(module, torch.jit.ScriptModule):
-            handles.append(module.register_forward_pre_hook(lambda module, _, name=name: rows.append((name, module))))
+            handles.append(module.register_forward_pre_hook(lambda _, __, name=name: names.append(name)))
     try:
         with tap.quiet():
             model(x)
     finally:
         for handle in handles:
             handle.remove()
-    weighted = [i for i, (_, module) in enumerate(rows) if isinstance(module, WEIGHTED)]
-    if not weighted:
-        return []
-    count = min(max(1, round(share * (len(weighted) - 1))) + 1, len(weighted))
-    start = weighted[-count]
-    earlier = {name for name, _ in rows[:start]}
-    return [name for name in dict.fromkeys(name for name, _ in rows[start:]) if name not in earlier]
+    return list(dict.fromkeys(names))

@@ -6,7 +6,7 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -145,7 +145,7 @@ class Job:
         # Always a copy: a model may normalise its input in place.
         return x.to(self.device, self.dtype, copy=True) if x.is_floating_point() else x.to(self.device, copy=True)
 
-    def logits(self, model: nn.Module, x: Tensor) -> Tensor:
+    def logits(self, model: Callable[[Tensor], Any], x: Tensor) -> Tensor:
         """(N, K) logits, float32 under autocast too."""
         # A fresh tensor each time: a model may normalise its input in place.
         x = x.clone(memory_format=self.format if x.dim() == 4 else torch.preserve_format)
@@ -216,8 +216,6 @@ def train(
     phase: str = "train",
     after_step: Callable[[], None] | None = None,
     before_epoch: Callable[[int], None] | None = None,
-    slow: Mapping[nn.Parameter, float] | None = None,
-    held: Sequence[nn.Module] = (),
 ) -> None:
     """Trains `model` (the student) on the clean images and leaves it in the state of the epoch that `Recipe.tolerance` chooses.
 
@@ -226,8 +224,6 @@ def train(
         phase: for the history.
         after_step: called after each step without gradients, to hold weights where they must stay.
         before_epoch: called with the epoch's number, from 0.
-        slow: parameters whose learning rate is a share of the recipe's.
-        held: modules that stay in eval mode, so that their BatchNorm statistics do.
 
     Raises:
         RuntimeError: the loss is NaN or infinite.
@@ -241,16 +237,7 @@ def train(
     compute = loss or plain
     generator = torch.Generator().manual_seed(job.seed)
     parameters = [p for p in net.parameters() if p.requires_grad]
-    shares: dict[float, list[nn.Parameter]] = {}
-    for p in parameters:
-        shares.setdefault(1.0 if slow is None else slow.get(p, 1.0), []).append(p)
-    optimizer = torch.optim.SGD(
-        [{"params": group, "share": share} for share, group in shares.items()],
-        recipe.lr,
-        recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.momentum > 0,
-    )
+    optimizer = torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0)
     size = recipe.batch(len(images))
     # A rest too small for batch statistics is left out; the next epoch's order leaves out others.
     first, *others = torch.arange(len(images), device="cpu").split(size)
@@ -262,14 +249,12 @@ def train(
         if before_epoch is not None:
             before_epoch(epoch)
         net.train()
-        for module in held:
-            module.training = False
         totals: dict[str, Tensor] = {}
         order = torch.randperm(len(images), generator=generator, device="cpu")
         for part in batches:
             rows = order[part]
             for group in optimizer.param_groups:
-                group["lr"] = group["share"] * recipe.lr * learning_rate(step, steps, recipe.warmup)
+                group["lr"] = recipe.lr * learning_rate(step, steps, recipe.warmup)
             x, y = job.to_device(images[rows]), labels[rows].to(job.device)
             if recipe.augment and x.dim() == 4:
                 x = crop_and_flip(x, **job.bearable(recipe), generator=generator)

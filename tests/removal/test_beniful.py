@@ -1,4 +1,4 @@
-"""BeniFul's own parts: directions, targets, layers that start anew, suspicious inputs, stages."""
+"""BeniFul's own parts: directions, targets, neuron noise, suspicious inputs, stages."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from beniful_fast.attacks import BadNets
 from beniful_fast.evaluation.networks import network
 from beniful_fast.removal import remove
 from beniful_fast.removal.adversarial import Perturbation
-from beniful_fast.removal.beniful import start_anew
 from beniful_fast.removal.recovery import complement, divergence
 from beniful_fast.removal.results import figures_moved
-from beniful_fast.removal.stages import Taps, find_stages, last_layers
+from beniful_fast.removal.stages import Taps, find_stages, layers_in_order
 from beniful_fast.removal.training import learning_rate
 
 from ..models import SmallNet, Tokens, images, seeded
@@ -25,7 +24,7 @@ def labelled() -> tuple[torch.Tensor, torch.Tensor]:
     return images(60), torch.arange(60) % 4
 
 
-@pytest.mark.parametrize("options", [{"direction": "repel"}, {"targets": "vae"}, {"targets": "class_mean"}, {"rest_lr": 0.0}])
+@pytest.mark.parametrize("options", [{"direction": "repel"}, {"targets": "vae"}, {"targets": "class_mean"}])
 def test_every_reading_weakens_the_backdoor(options: dict[str, object]) -> None:
     net, clean, _, _ = bed()
     before, after = figures(net), figures(remove(net, clean, **options).model)  # type: ignore[arg-type]
@@ -35,7 +34,7 @@ def test_every_reading_weakens_the_backdoor(options: dict[str, object]) -> None:
 def test_suspicious_inputs_help_and_false_positives_do_not_harm() -> None:
     net, clean, (test, _), triggered = bed()
     flagged = torch.cat([triggered[::10], test[:20]])
-    options = {"epochs": 36, "rest_lr": 0.0}
+    options = {"epochs": 36}
     without = remove(net, clean, suspicious_weight=0.0, **options)  # type: ignore[arg-type]
     helped = remove(net, clean, suspicious=flagged, **options)  # type: ignore[arg-type]
     assert figures(helped.model)["ASR"] < figures(without.model)["ASR"]
@@ -68,7 +67,7 @@ def test_adversarial_images_stand_in_for_suspicious_inputs() -> None:
 @pytest.mark.parametrize(("n", "epochs"), [(20, 216), (1000, 28), (30_000, 2)])
 def test_the_number_of_steps_does_not_follow_the_number_of_clean_images(n: int, epochs: int) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
-    options = {"layer": "0", "restart": 0.0, "adversarial_steps": 1, "distill": 0.0}
+    options = {"layer": "0", "adversarial_steps": 1, "distill": 0.0}
     x = torch.randn(round(n / 0.9), 2)
     history = remove(model, (x, (x[:, 0] > 0).long()), **options).history  # type: ignore[arg-type]
     assert len(history) == epochs
@@ -99,26 +98,17 @@ def test_adversarial_images_lose_their_power() -> None:
     assert with_it < without < fooled(net)
 
 
-def test_rest_lr_0_keeps_all_but_the_last_layers() -> None:
-    net = seeded(SmallNet)
-    result = remove(net, labelled(), epochs=1, rest_lr=0.0, weight_decay=0.0)
-    assert "started anew: 3 layers, 'conv2' to 'fc'" in result.notes
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, result.model.state_dict()[name]) is name.startswith(("conv1", "bn1")), name
-
-
-def test_start_anew_keeps_its_share() -> None:
-    net, fresh = seeded(SmallNet), seeded(SmallNet)
-    old = net.fc.weight.detach().clone()
-    torch.manual_seed(5)
-    start_anew(net, ["fc"], 0.25)
-    torch.manual_seed(5)
-    fresh.fc.reset_parameters()
-    assert torch.allclose(net.fc.weight, 0.25 * old + 0.75 * fresh.fc.weight, atol=1e-6)
-    start_anew(net, ["fc"], 1.0)
-    kept = net.fc.weight.detach().clone()
-    start_anew(net, ["fc"], 1.0)
-    assert torch.equal(kept, net.fc.weight)
+def test_neuron_noise_is_heard_in_the_first_half_where_there_are_norm_layers() -> None:
+    history = remove(seeded(SmallNet), labelled(), epochs=4).history
+    assert ["noised_loss" in row for row in history] == [True, True, False, False]
+    for quiet in ({"noise_weight": 0.0}, {"direction": "repel"}):
+        assert not any("noised_loss" in row for row in remove(seeded(SmallNet), labelled(), epochs=2, **quiet).history)  # type: ignore[arg-type]
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    result = remove(plain, labelled(), epochs=2)
+    assert not any("noised_loss" in row for row in result.history)
+    assert any("without neuron noise: Sequential has no norm layer" in note for note in result.notes)
 
 
 def test_divergence_is_kl_with_temperature() -> None:
@@ -133,15 +123,15 @@ def test_divergence_is_kl_with_temperature() -> None:
 @pytest.mark.parametrize(
     ("name", "stages", "first"),
     [
-        ("resnet12w", ["stages.0", "stages.1", "stages.2", "stages", "fc:input"], "stages.3.1.conv1"),
-        ("vgg16", ["features.5", "features.12", "features.22", "features.32", "features.42", "fc:input"], "features.37"),
+        ("resnet12w", ["stages.0", "stages.1", "stages.2", "stages", "fc:input"], "conv1"),
+        ("vgg16", ["features.5", "features.12", "features.22", "features.32", "features.42", "fc:input"], "features.0"),
     ],
 )
-def test_stages_and_last_layers_are_found(name: str, stages: list[str], first: str) -> None:
+def test_stages_and_the_order_of_layers_are_found(name: str, stages: list[str], first: str) -> None:
     net, x = network(name), torch.rand(2, 3, 32, 32)
     assert find_stages(net, x) == stages
-    last = last_layers(net, x, 0.125)
-    assert (last[0], last[-1]) == (first, "fc")
+    order = layers_in_order(net, x)
+    assert (order[0], order[-1]) == (first, "fc") and len(set(order)) == len(order)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
@@ -150,7 +140,7 @@ def test_stages_of_a_transformer_are_its_blocks() -> None:
     stages = find_stages(net, x)
     assert "normalize" not in stages and sum(stage.startswith("encoder") for stage in stages) >= 2
     assert stages[-2:] == ["norm", "fc:input"]
-    assert last_layers(net, x, 0.125) == ["encoder.layers.5.linear1", "encoder.layers.5.linear2", "norm", "fc"]
+    assert layers_in_order(net, x)[-4:] == ["encoder.layers.5.linear1", "encoder.layers.5.linear2", "norm", "fc"]
 
 
 def test_taps_carry_gradients_past_a_relu_in_place() -> None:
