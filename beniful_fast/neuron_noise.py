@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .logits import find_logits
-from .models import no_gradient
+from .models import copied, no_gradient
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-BATCH_NORM = ("batch", "running")
+BATCH_NORM = ("batch", "running", "own")
 
 
 def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -31,6 +31,18 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def _places(model: nn.Module) -> dict[str, str]:
+    """Every place of `norm_parameters`, once a module, with the name there: `functional_call` ties by names, of which a module may have
+    two, and then leaves the last swapped value in it."""
+    names = {id(p): key for key, p in norm_parameters(model).items()}
+    return {
+        place: names[id(p)]
+        for name, module in model.named_modules()
+        if isinstance(module, NORMS)
+        for place, p in module.named_parameters(name, recurse=False, remove_duplicate=False)
+    }
+
+
 def unfit(model: nn.Module, x: Tensor) -> str | None:
     """Why a model's norm layers can carry no noise, or None where they can.
 
@@ -42,6 +54,7 @@ def unfit(model: nn.Module, x: Tensor) -> str | None:
     """
     name = type(model).__name__
     affine = {key: p.detach().clone().requires_grad_() for key, p in norm_parameters(model).items()}
+    places = _places(model)
     if not affine:
         return f"{name} has no norm layer with affine terms, to which noise is added"
     cure = "where noise is gone; switch checkpointing off"
@@ -57,7 +70,8 @@ def unfit(model: nn.Module, x: Tensor) -> str | None:
         with torch.enable_grad():
             few = x.clone().requires_grad_()
             # Not the leaf itself: a model may normalise its input in place.
-            total = find_logits(functional_call(model, affine, (few * 1,)), len(few)).float().sum()
+            given = {place: affine[key] for place, key in places.items()}
+            total = find_logits(functional_call(model, given, (few * 1,), tie_weights=False), len(few)).float().sum()
             before = calls
             of_images, *of_norms = torch.autograd.grad(total, [few, *affine.values()], allow_unused=True)
     except RuntimeError as error:
@@ -69,6 +83,8 @@ def unfit(model: nn.Module, x: Tensor) -> str | None:
     if calls > before:
         return recomputes
     if of_images is not None and all(gradient is None for gradient in of_norms):
+        if model.training and unfit(copied(model).eval(), x) is None:
+            return None  # stochastic depth left them out of this pass
         return f"{name} uses none of its norm layers when it classifies images, so noise on them changes nothing"
     return None
 
@@ -90,7 +106,7 @@ class NeuronNoise:
         projection: hold |d| <= eps, as the paper says; without it (the authors' code) steps that sum to eps may carry |d| up to 2 eps.
         batch_norm: "batch": BatchNorm takes the statistics of the batch, and the running ones kept here (`buffers`) follow with its
             momentum, the model's own do not. "running": it takes `buffers`, which are the model's own until a call in mode "batch"
-            has moved them.
+            has moved them. "own": each layer does one or the other by its own mode.
 
     Raises:
         ValueError: the model has no norm layer with affine terms, or an option is off.
@@ -105,6 +121,7 @@ class NeuronNoise:
         self.parameters = norm_parameters(model)
         if not self.parameters:
             raise ValueError(f"model: {type(model).__name__} has no norm layer with affine terms, takes one with BatchNorm, LayerNorm, ...")
+        self._places = _places(model)
         self._norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
         self.noise = {name: torch.zeros_like(p, requires_grad=True) for name, p in self.parameters.items()}
         self.buffers = {key: b.clone() for name, module in self._norms.items() for key, b in module.named_buffers(name, recurse=False)}
@@ -117,9 +134,9 @@ class NeuronNoise:
 
     def ascend(self, objective: Tensor, step: float) -> None:
         """One step of the sign gradient that raises `objective`, a scalar computed from calls of this object."""
-        gradients = torch.autograd.grad(objective, list(self.noise.values()), allow_unused=True) if objective.requires_grad else ()
-        if all(gradient is None for gradient in gradients):
+        if not objective.requires_grad:
             raise no_gradient("norm layers")
+        gradients = torch.autograd.grad(objective, list(self.noise.values()), allow_unused=True)
         with torch.no_grad():
             for d, gradient in zip(self.noise.values(), gradients, strict=True):
                 # A norm layer that did not run has no gradient.
@@ -137,17 +154,18 @@ class NeuronNoise:
 
     def __call__(self, x: Tensor) -> Any:
         """The model's output for a batch under the noise."""
-        affine = {name: p * (1 + self.noise[name]) for name, p in self.parameters.items()}
+        noised = {name: p * (1 + self.noise[name]) for name, p in self.parameters.items()}
+        affine = {place: noised[name] for place, name in self._places.items()}
         with self._modes():
             # A fresh tensor: a model may normalise its input in place, and a batch is seen many times.
-            return functional_call(self.model, {**affine, **self.buffers}, (x.clone(),))
+            return functional_call(self.model, {**affine, **self.buffers}, (x.clone(),), tie_weights=False)
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
         modes = [(module, module.training) for module in self._norms.values()]
         try:
             for module, _ in modes:
-                module.training = self.batch_norm == "batch"
+                module.training = module.training if self.batch_norm == "own" else self.batch_norm == "batch"
             yield
         finally:
             for module, mode in modes:

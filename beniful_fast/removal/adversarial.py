@@ -51,7 +51,7 @@ class Perturbation:
     def _reach(self, x: Tensor) -> Tensor:
         """How far each pixel may go, as a share of the range, broadcastable to `x`: eps, or 1 in the square and 0 around it."""
         if x.dim() != 4 or not self.patches:
-            return torch.tensor(self.eps).to(x)
+            return x.new_tensor(self.eps)
         n, sides = len(x), x.shape[2:]
         side = max(1, round(SIDE * min(sides)))
         inside = []

@@ -90,7 +90,7 @@ class _Loss:
 
     def __init__(self, job: Job, options: Options) -> None:
         self.job, self.options = job, options
-        self.noise = NeuronNoise(job.student, eps=options.eps, projection=options.projection)
+        self.noise = NeuronNoise(job.student, eps=options.eps, projection=options.projection, batch_norm="own")
         self.recovers_from = math.ceil(options.forget * options.epochs)
         self.epoch = 0
         self.adversarial: list[Tensor] = []

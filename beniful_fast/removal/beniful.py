@@ -10,7 +10,7 @@ second half recovers accuracy: F and a distillation follow the frozen model on c
 what the first half found: adversarial images, or suspicious inputs where there are any, that lost the backdoored model's class do not get
 it back. Without that some of the backdoor returns with the accuracy.
 
-"repel" keeps the weights and drives the features of clean images away from the frozen ones by a hinge, max(0, margin - distance).
+"repel" has no halves and drives the features of clean images away from the frozen ones by a hinge, max(0, margin - distance).
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Options(Recipe):
         adversarial: weight of their feature distance.
         noise_weight: of the cross-entropy under neuron noise beside them, see `remove(method="ban")`; a model that can carry none goes
             without.
-        eps: largest change of the adversarial images' pixels, as a share of the pixel range of the clean ones; a quarter of them get a
-            patch instead, see `Perturbation`.
+        eps: largest change of the adversarial images' pixels, as a share of the pixel range of the clean ones. A quarter of those
+            (N, C, H, W) get a patch instead, whatever eps is.
         adversarial_steps: gradient steps to each.
         suspicious_weight: of -log(1 - p), with p the probability of the backdoored model's class on suspicious inputs that lost it (where
             there are none, on adversarial images that did); 0 leaves it out.
@@ -193,10 +193,14 @@ class _Loss:
         job, options = self.job, self.options
         if options.direction != "align" or not options.noise_weight or not options.forget:
             return None
-        if reason := unfit(copied(job.student).train(), job.to_device(job.data.images[:8])):
+        try:
+            reason = unfit(copied(job.student).train(), job.to_device(job.data.images[:8]))
+        except Exception as error:
+            reason = f"its norm layers take no other weights ({type(error).__name__}: {error})"
+        if reason:
             job.notes.append(f"without neuron noise: {reason}")
             return None
-        return NeuronNoise(job.student, eps=NOISE)
+        return NeuronNoise(job.student, eps=NOISE, batch_norm="own")
 
     def _make_targets(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
         """For each layer, what turns the frozen model's features (N, C) of images of classes (N,) into targets."""

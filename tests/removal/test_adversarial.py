@@ -48,8 +48,13 @@ def test_patches_are_squares_anywhere_that_know_no_bound() -> None:
         assert int((last - first).max()) <= 3  # a quarter of 16 pixels
         assert int(first.min()) == 0 and int(last.max()) == 15
     assert bool((moved[patched] - clean[patched]).abs().amax((1, 2, 3)).mean() > 0.3)
+
+
+def test_vectors_change_a_little_whatever_the_default_device() -> None:
     vectors = torch.rand(6, 5)
-    assert Perturbation(vectors, 0.1, 1, torch.Generator())(lambda x: x.sum(), vectors).shape == (6, 5)
+    with torch.device("meta"):
+        moved = Perturbation(vectors, 0.1, 1, torch.Generator(device="cpu"))(lambda x: x.sum(), vectors)
+    torch.testing.assert_close(moved, (vectors + 0.1 * (vectors.amax(0) - vectors.amin(0))).clamp(max=vectors.amax(0)))
 
 
 def test_the_steps_come_near_the_best_patch_of_a_linear_model() -> None:
@@ -59,6 +64,7 @@ def test_the_steps_come_near_the_best_patch_of_a_linear_model() -> None:
     low, high = (bound(clean, (0, 2, 3), keepdim=True).expand(64, 3, 8, 8) for bound in (torch.amin, torch.amax))
     best = torch.where(weights > 0, high, low)
     changed = (moved != clean).any(1, keepdim=True).expand_as(moved)
+    assert int(changed[:, 0].sum()) > 3 * 64  # four pixels an image, some of them best as they were
     torch.testing.assert_close(moved[changed], best[changed])
 
 

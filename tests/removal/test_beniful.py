@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from beniful_fast.attacks import BadNets
 from beniful_fast.evaluation.networks import network
-from beniful_fast.removal import remove
+from beniful_fast.removal import ban, beniful, remove
 from beniful_fast.removal.adversarial import Perturbation
-from beniful_fast.removal.recovery import complement, divergence
+from beniful_fast.removal.recovery import complement, divergence, fooling
 from beniful_fast.removal.results import figures_moved
 from beniful_fast.removal.stages import Taps, find_stages, layers_in_order
-from beniful_fast.removal.training import learning_rate
+from beniful_fast.removal.training import Job, learning_rate
 
 from ..models import SmallNet, Tokens, images, seeded
 from .bed import bed, figures
@@ -109,6 +109,26 @@ def test_neuron_noise_is_heard_in_the_first_half_where_there_are_norm_layers() -
     result = remove(plain, labelled(), epochs=2)
     assert not any("noised_loss" in row for row in result.history)
     assert any("without neuron noise: Sequential has no norm layer" in note for note in result.notes)
+
+
+def test_what_the_noise_costs_is_part_of_the_loss() -> None:
+    heard, unheard = (remove(seeded(SmallNet), labelled(), epochs=2, noise_weight=weight).model for weight in (0.5, 1e-30))
+    assert not torch.allclose(heard.conv1.weight, unheard.conv1.weight, atol=1e-4)  # type: ignore[arg-type, union-attr]
+
+
+def test_a_quarter_of_the_adversarial_images_are_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+
+    def watch(job: Job, perturb: Perturbation, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        changed, fooled = fooling(job, perturb, x, y)
+        moved.append((changed - x).abs().amax((1, 2, 3)))
+        return changed, fooled
+
+    for module, method in ((beniful, "beniful"), (ban, "ban")):
+        monkeypatch.setattr(module, "fooling", watch)
+        moved.clear()
+        remove(seeded(SmallNet), (images(400), torch.arange(400) % 4), method=method, epochs=2)
+        assert 0.15 < float((torch.cat(moved) > 0.11).float().mean()) < 0.35  # pixels lie in [0, 1], eps is 0.1
 
 
 def test_divergence_is_kl_with_temperature() -> None:

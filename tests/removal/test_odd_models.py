@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 from beniful_fast.inspection import fit_staircase, inspect
+from beniful_fast.neuron_noise import NeuronNoise
 from beniful_fast.removal import METHODS, remove
 
 from ..inspection import bed as inspected
@@ -195,6 +196,67 @@ def test_weight_norm_is_repaired_and_refused_where_a_cut_would_not_last() -> Non
         remove(net, labelled(), method="fine_pruning", epochs=1)
     result = remove(net, labelled(), epochs=2, lr=0.1)
     assert not result.did_nothing and not torch.equal(result.model.fc.weight, net.fc.weight)  # type: ignore[arg-type, union-attr]
+
+
+class Alias(nn.Module):
+    """One norm layer under two names, and one parameter in two norm layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.body, self.other = nn.Sequential(self.conv, self.bn, nn.ReLU()), nn.BatchNorm2d(8)
+        self.other.weight, self.fc = self.bn.weight, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.other(self.body(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["beniful", "ban"])
+def test_norm_layers_with_two_names_or_a_shared_parameter(method: str) -> None:
+    result = remove(seeded(Alias), labelled(), method=method, epochs=2)
+    assert any("noised_loss" in row for row in result.history)
+    assert result.model.bn is result.model.body[1] and isinstance(result.model.bn.weight, nn.Parameter)  # type: ignore[index, union-attr]
+    assert result.model.bn.weight is result.model.other.weight  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_norm_layers_that_stochastic_depth_leaves_out_of_some_passes(seed: int) -> None:
+    class Depth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            if not (self.training and float(torch.rand(())) < 0.5):
+                x = x + self.bn(self.conv(x))
+            return self.fc(x.mean((2, 3)))
+
+    result = remove(seeded(Depth), labelled(), layer="stem", epochs=12, seed=seed)
+    assert any("noised_loss" in row for row in result.history) and not any("neuron noise" in note for note in result.notes)
+
+
+def test_norm_layers_that_stay_in_eval_mode_do_so_under_noise() -> None:
+    class Frozen(SmallNet):
+        def train(self, mode: bool = True) -> Frozen:
+            super().train(mode)
+            self.bn1.eval()
+            return self
+
+    net, x = seeded(Frozen).train(), images(8)
+    net.bn1.running_mean.add_(0.3)  # type: ignore[union-attr]
+    noise = NeuronNoise(net, batch_norm="own")
+    torch.testing.assert_close(noise(x), net(x))
+    assert not torch.allclose(NeuronNoise(net)(x), net(x), atol=1e-3)
+
+
+def test_a_forward_that_takes_no_other_weights_goes_without_noise() -> None:
+    class Strict(SmallNet):
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(self.bn1.weight, nn.Parameter), "no parameter"
+            return super().forward(x)
+
+    assert any("without neuron noise" in note and "no parameter" in note for note in remove(seeded(Strict), labelled(), epochs=2).notes)
 
 
 def test_loaders_and_callbacks_that_draw_change_neither_the_caller_nor_the_weights() -> None:
