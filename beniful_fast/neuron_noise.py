@@ -121,7 +121,7 @@ class NeuronNoise:
         self.parameters = norm_parameters(model)
         if not self.parameters:
             raise ValueError(f"model: {type(model).__name__} has no norm layer with affine terms, takes one with BatchNorm, LayerNorm, ...")
-        self._places = _places(model)
+        self._places, self._ran = _places(model), False
         self._norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
         self.noise = {name: torch.zeros_like(p, requires_grad=True) for name, p in self.parameters.items()}
         self.buffers = {key: b.clone() for name, module in self._norms.items() for key, b in module.named_buffers(name, recurse=False)}
@@ -134,9 +134,9 @@ class NeuronNoise:
 
     def ascend(self, objective: Tensor, step: float) -> None:
         """One step of the sign gradient that raises `objective`, a scalar computed from calls of this object."""
-        if not objective.requires_grad:
+        gradients = torch.autograd.grad(objective, list(self.noise.values()), allow_unused=True) if objective.requires_grad else ()
+        if all(gradient is None for gradient in gradients):
             raise no_gradient("norm layers")
-        gradients = torch.autograd.grad(objective, list(self.noise.values()), allow_unused=True)
         with torch.no_grad():
             for d, gradient in zip(self.noise.values(), gradients, strict=True):
                 # A norm layer that did not run has no gradient.
@@ -149,16 +149,31 @@ class NeuronNoise:
         """`objective`, a scalar computed from calls of this object, under noise drawn and led up it in steps of eps / steps."""
         self.draw(generator)
         for _ in range(steps):
-            self.ascend(objective(), self.eps / steps)
+            value = objective()
+            if self._ran:  # stochastic depth may leave all of them out of a pass
+                self.ascend(value, self.eps / steps)
         return objective()
 
     def __call__(self, x: Tensor) -> Any:
         """The model's output for a batch under the noise."""
         noised = {name: p * (1 + self.noise[name]) for name, p in self.parameters.items()}
         affine = {place: noised[name] for place, name in self._places.items()}
-        with self._modes():
+        self._ran = False
+        with self._modes(), self._watched():
             # A fresh tensor: a model may normalise its input in place, and a batch is seen many times.
             return functional_call(self.model, {**affine, **self.buffers}, (x.clone(),), tie_weights=False)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        def ran(*_: Any) -> None:
+            self._ran = True
+
+        handles = [m.register_forward_pre_hook(ran) for m in self.model.modules() if isinstance(m, NORMS)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def _modes(self) -> Iterator[None]:

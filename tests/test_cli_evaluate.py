@@ -64,7 +64,7 @@ def test_sizes_follow_from_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    command = ["evaluate", "--defences", "norm", "--defences", "remove:finetune", "--arch", "resnet12w", "--epochs", "1"]
+    command = ["evaluate", "--defences", "norm", "--defences", "remove:finetune", "--arch", "resnet12w", "--epochs", "3"]
     command += ["--removal-epochs", "1", "--lr", "0.01", "--clean-images", "100", "--judged", "50", "--out", str(tmp_path / "run")]
 
     def interrupted(*_: Any, **__: Any) -> None:

@@ -96,7 +96,7 @@ def test_steps_that_ask_none_of_a_generators_samples_say_nothing() -> None:
 def test_a_few_generators_at_a_time_learn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staircase, "LARGEST_NUMBERS", 1)
     rates = [d.asr[0] for d in fit(targets=[0, 1], betas=(0.5,), steps=300).distributions]
-    assert rates[0] > 0.7 and rates[1] < 0.3
+    assert rates[0] > 0.6 and rates[1] < 0.3
 
 
 def test_a_targets_generators_stop_together() -> None:

@@ -88,7 +88,7 @@ def test_a_sigmoid_is_no_logit() -> None:
     def accuracy(model: nn.Module) -> dict[str, float]:
         return {"ACC": float(((model(test)[:, 0] > 0.5) == (labels > 4)).float().mean())}
 
-    result = remove(Squashed(net, True), (x, (y > 4).long()), epochs=8, evaluate=accuracy)
+    result = remove(Squashed(net, True), (x, (y > 4).long()), epochs=24, evaluate=accuracy)
     assert result.after["ACC"] > result.before["ACC"] - 0.1
 
 
