@@ -43,6 +43,18 @@ def _places(model: nn.Module) -> dict[str, str]:
     }
 
 
+@contextmanager
+def _runs(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """The norm layers that run within, once a run."""
+    runs: list[nn.Module] = []
+    handles = [m.register_forward_pre_hook(lambda m, _: runs.append(m)) for m in model.modules() if isinstance(m, NORMS)]
+    try:
+        yield runs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def unfit(model: nn.Module, x: Tensor) -> str | None:
     """Why a model's norm layers can carry no noise, or None where they can.
 
@@ -59,28 +71,18 @@ def unfit(model: nn.Module, x: Tensor) -> str | None:
         return f"{name} has no norm layer with affine terms, to which noise is added"
     cure = "where noise is gone; switch checkpointing off"
     recomputes = f"{name} recomputes activations in its backward pass (torch.utils.checkpoint), {cure}"
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    handles = [module.register_forward_pre_hook(count) for module in model.modules() if isinstance(module, NORMS)]
     try:
-        with torch.enable_grad():
+        with _runs(model) as runs, torch.enable_grad():
             few = x.clone().requires_grad_()
             # Not the leaf itself: a model may normalise its input in place.
             given = {place: affine[key] for place, key in places.items()}
             total = find_logits(functional_call(model, given, (few * 1,), tie_weights=False), len(few)).float().sum()
-            before = calls
+            before = len(runs)
             of_images, *of_norms = torch.autograd.grad(total, [few, *affine.values()], allow_unused=True)
     except RuntimeError as error:
         # The reentrant kind takes no autograd.grad; a model that passes no gradient at all is refused elsewhere.
         return recomputes if "checkpoint" in str(error).lower() else None
-    finally:
-        for handle in handles:
-            handle.remove()
-    if calls > before:
+    if len(runs) > before:
         return recomputes
     if of_images is not None and all(gradient is None for gradient in of_norms):
         if model.training and unfit(copied(model).eval(), x) is None:
@@ -121,7 +123,8 @@ class NeuronNoise:
         self.parameters = norm_parameters(model)
         if not self.parameters:
             raise ValueError(f"model: {type(model).__name__} has no norm layer with affine terms, takes one with BatchNorm, LayerNorm, ...")
-        self._places, self._ran = _places(model), False
+        self._places = _places(model)
+        self._ran: list[nn.Module] = []  # norm layers that ran in the last call
         self._norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
         self.noise = {name: torch.zeros_like(p, requires_grad=True) for name, p in self.parameters.items()}
         self.buffers = {key: b.clone() for name, module in self._norms.items() for key, b in module.named_buffers(name, recurse=False)}
@@ -158,29 +161,17 @@ class NeuronNoise:
         """The model's output for a batch under the noise."""
         noised = {name: p * (1 + self.noise[name]) for name, p in self.parameters.items()}
         affine = {place: noised[name] for place, name in self._places.items()}
-        self._ran = False
-        with self._modes(), self._watched():
+        with self._modes(), _runs(self.model) as self._ran:
             # A fresh tensor: a model may normalise its input in place, and a batch is seen many times.
             return functional_call(self.model, {**affine, **self.buffers}, (x.clone(),), tie_weights=False)
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        def ran(*_: Any) -> None:
-            self._ran = True
-
-        handles = [m.register_forward_pre_hook(ran) for m in self.model.modules() if isinstance(m, NORMS)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
         modes = [(module, module.training) for module in self._norms.values()]
         try:
-            for module, _ in modes:
-                module.training = module.training if self.batch_norm == "own" else self.batch_norm == "batch"
+            if self.batch_norm != "own":
+                for module, _ in modes:
+                    module.training = self.batch_norm == "batch"
             yield
         finally:
             for module, mode in modes:
