@@ -31,6 +31,13 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def mostly_off_batch_norm(model: nn.Module) -> bool:
+    """Whether less than half of the affine terms belong to BatchNorm layers."""
+    terms = {id(p): p.numel() for p in norm_parameters(model).values()}
+    batch_norms = {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters(recurse=False)}
+    return 2 * sum(terms.get(key, 0) for key in batch_norms) < sum(terms.values())
+
+
 def _places(model: nn.Module) -> dict[str, str]:
     """Every place of `norm_parameters`, once a module, with the name there: `functional_call` ties by names, of which a module may have
     two, and then leaves the last swapped value in it."""

@@ -37,11 +37,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..batches import evenly
-from ..neuron_noise import NeuronNoise, norm_parameters, unfit
+from ..neuron_noise import NeuronNoise, mostly_off_batch_norm, unfit
 from ..removal.stages import Taps
 from .results import BACKDOORED, CLEAN, INCONCLUSIVE, Evidence, Job, Passes, Skipped, judge
 from .shares import class_shares, confusion, entropy, evened, mad_score
@@ -364,9 +364,7 @@ def _reservations(job: Job, inspector: Inspector) -> list[str]:
     """Notes; those that begin with "inconclusive" forbid a verdict."""
     pooled = "" if inspector.site.prepool else ", pooled features: the map before is too large or more than pooling follows it"
     notes = [f"mask on {inspector.site.layer!r}{pooled}"]
-    terms = {id(p): p.numel() for p in norm_parameters(job.model).values()}
-    batch_norms = [m for m in job.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if 2 * sum(terms.get(id(p), 0) for m in batch_norms for p in m.parameters(recurse=False)) < sum(terms.values()):
+    if mostly_off_batch_norm(job.model):
         notes.append("inconclusive: most noise is not on BatchNorm, for which the thresholds hold; the numbers are for reading")
     if inspector.left_out > 0.1 * len(job.images):  # less is the chance of a random set
         notes.append(f"left out {inspector.left_out} of {len(job.images)} images, so that no class outweighs the others")

@@ -111,6 +111,16 @@ def test_neuron_noise_is_heard_in_the_first_half_where_there_are_norm_layers() -
     assert any("without neuron noise: Sequential has no norm layer" in note for note in result.notes)
 
 
+def test_norm_layers_other_than_batch_norm_carry_no_noise() -> None:
+    def net(*norms: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), *norms, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+    for norms, noised in (((nn.GroupNorm(2, 8),), False), ((nn.GroupNorm(2, 8), nn.BatchNorm2d(8)), True)):
+        result = remove(net(*norms), labelled(), layer="0", epochs=2)
+        assert any("noised_loss" in row for row in result.history) is noised
+        assert any("without neuron noise: most of it" in note for note in result.notes) is not noised
+
+
 def test_what_the_noise_costs_is_part_of_the_loss() -> None:
     heard, unheard = (remove(seeded(SmallNet), labelled(), epochs=2, noise_weight=weight).model for weight in (0.5, 1e-30))
     assert not torch.allclose(heard.conv1.weight, unheard.conv1.weight, atol=1e-4)  # type: ignore[arg-type, union-attr]
