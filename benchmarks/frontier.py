@@ -23,6 +23,7 @@ from beniful_fast.data.base import need
 from beniful_fast.evaluation.protocol import TRACED, Evaluation
 from beniful_fast.evaluation.splits import load_splits
 from beniful_fast.removal import METHODS
+from beniful_fast.removal.beniful import LR
 
 FOLDER = Path(__file__).resolve().parent / "results" / "frontier"
 ATTACKS = ("badnets", "blend", "wanet", "iad", "bpp", "sig", "adap_blend", "lf")
@@ -35,8 +36,9 @@ COLOURS = ("#d1495b", "#3b6ea8", "#c28f2c", "#4f8a5b", "#7a5195", "#8a8a8a")
 
 
 def own_rate(method: str) -> float:
-    """The method's default learning rate; "beniful+screened" is BeniFul fed by a screened stream."""
-    return float(METHODS[method.split("+")[0]][0]().lr)
+    """The method's default learning rate for these networks; "beniful+screened" is BeniFul fed by a screened stream."""
+    lr: float | None = METHODS[method.split("+")[0]][0]().lr
+    return LR if lr is None else lr
 
 
 def runs(attacks: Iterable[str], methods: Iterable[str], sizes: bool, rates: Iterable[float] = RATES) -> list[tuple[str, str, float, int]]:

@@ -31,11 +31,11 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def mostly_off_batch_norm(model: nn.Module) -> bool:
-    """Whether less than half of the affine terms belong to BatchNorm layers."""
+def mostly_batch_norm(model: nn.Module) -> bool:
+    """Whether at least half of the norm layers' affine terms, if there are any, belong to BatchNorm."""
     terms = {id(p): p.numel() for p in norm_parameters(model).values()}
     batch_norms = {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters(recurse=False)}
-    return 2 * sum(terms.get(key, 0) for key in batch_norms) < sum(terms.values())
+    return 2 * sum(terms[key] for key in batch_norms) >= sum(terms.values()) > 0
 
 
 def _places(model: nn.Module) -> dict[str, str]:

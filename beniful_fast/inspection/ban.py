@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..batches import evenly
-from ..neuron_noise import NeuronNoise, mostly_off_batch_norm, unfit
+from ..neuron_noise import NeuronNoise, mostly_batch_norm, unfit
 from ..removal.stages import Taps
 from .results import BACKDOORED, CLEAN, INCONCLUSIVE, Evidence, Job, Passes, Skipped, judge
 from .shares import class_shares, confusion, entropy, evened, mad_score
@@ -364,7 +364,7 @@ def _reservations(job: Job, inspector: Inspector) -> list[str]:
     """Notes; those that begin with "inconclusive" forbid a verdict."""
     pooled = "" if inspector.site.prepool else ", pooled features: the map before is too large or more than pooling follows it"
     notes = [f"mask on {inspector.site.layer!r}{pooled}"]
-    if mostly_off_batch_norm(job.model):
+    if not mostly_batch_norm(job.model):
         notes.append("inconclusive: most noise is not on BatchNorm, for which the thresholds hold; the numbers are for reading")
     if inspector.left_out > 0.1 * len(job.images):  # less is the chance of a random set
         notes.append(f"left out {inspector.left_out} of {len(job.images)} images, so that no class outweighs the others")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..models import copied
-from ..neuron_noise import NeuronNoise, mostly_off_batch_norm, unfit
+from ..neuron_noise import NeuronNoise, mostly_batch_norm, unfit
 from ..ops import feature_distance_loss
 from ..vae import FeatureVAE, fit_vae
 from .adversarial import Perturbation
@@ -36,6 +36,7 @@ DIRECTIONS = ("align", "repel")
 TARGETS = ("frozen", "vae", "class_mean")
 KINDS = ("relative", "mse", "cosine")
 NOISE = 0.3  # BAN's
+LR, LR_ELSEWHERE = 0.05, 0.02  # with BatchNorm, which makes weights bear large steps, and without
 STEPS = 216  # of 12 epochs on 2,500 images, for which the other defaults were chosen
 
 
@@ -61,6 +62,7 @@ class Options(Recipe):
         adversarial_steps: gradient steps to each.
         suspicious_weight: of -log(1 - p), with p the probability of the backdoored model's class on suspicious inputs that lost it (where
             there are none, on adversarial images that did); 0 leaves it out.
+        lr: None is 0.05, or 0.02 for a model with little BatchNorm or none.
         epochs: None is the even number that comes nearest to 216 steps, whatever the number of clean images: a small set needs as many to
             recover its accuracy, and more of them bring some of the backdoor back.
         batch_size: None is 128, or all clean images if they are fewer.
@@ -79,7 +81,8 @@ class Options(Recipe):
     eps: float = 0.1
     adversarial_steps: int = 3
     suspicious_weight: float = 3.0
-    epochs: int | None = None  # type: ignore[assignment]  # `run` fills it in
+    lr: float | None = None  # type: ignore[assignment]  # `run` fills both in
+    epochs: int | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,7 +107,8 @@ def run(job: Job, options: Options) -> None:
     """Repairs the student on clean images and, where there are any, on what suspicious inputs reveal."""
     n = len(job.data.images)
     epochs = options.epochs or 2 * max(1, round(STEPS / 2 / math.ceil(n / options.batch(n))))
-    options = replace(options, epochs=epochs)
+    lr = options.lr if options.lr is not None else LR if mostly_batch_norm(job.student) else LR_ELSEWHERE
+    options = replace(options, epochs=epochs, lr=lr)
     few = job.to_device(job.data.images[:2])
     layers = job.layer or find_stages(job.student, few)[-3:]
     job.notes.append(f"feature distance ({options.direction}) at {', '.join(map(repr, layers))}")
@@ -195,7 +199,7 @@ class _Loss:
             return None
         try:
             reason = unfit(copied(job.student).train(), job.to_device(job.data.images[:8]))
-            if not reason and mostly_off_batch_norm(job.student):
+            if not reason and not mostly_batch_norm(job.student):
                 # Measured on GroupNorm: six points of accuracy more, and more of the backdoor left (docs/decisions.md).
                 reason = "most of it would not be on BatchNorm, and other norm layers lose accuracy under it for nothing"
         except Exception as error:

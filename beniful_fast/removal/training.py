@@ -72,17 +72,18 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: got {self.precision!r}, takes one of {', '.join(map(repr, PRECISIONS))}")
-        for name in ("epochs", "batch_size"):
+        unset = {f.name for f in fields(self) if f.default is None and getattr(self, f.name) is None}
+        for name, least in (("epochs", 1), ("batch_size", 2)):
             number = getattr(self, name)
-            if number is None and type(self).__dataclass_fields__[name].default is None:
+            if name in unset:
                 continue
-            least = 2 if name == "batch_size" else 1
             if not isinstance(number, int) or isinstance(number, bool) or number < least:
                 raise ValueError(f"{name}: got {number!r}, takes a whole number, at least {least}")
         if self.padding is not None and (not isinstance(self.padding, int) or isinstance(self.padding, bool) or self.padding < 0):
             raise ValueError(f"padding: got {self.padding!r}, takes None or a number of pixels")
         for name in ("lr", "weight_decay", "tolerance", "warmup", "momentum"):
-            check_at_least_0(name, getattr(self, name))
+            if name not in unset:
+                check_at_least_0(name, getattr(self, name))
         if self.warmup > 1 or self.momentum >= 1:
             raise ValueError(f"warmup, momentum: got {self.warmup}, {self.momentum}, takes shares, momentum below 1")
         if self.clip is not None and not self.clip > 0:

@@ -121,6 +121,14 @@ def test_norm_layers_other_than_batch_norm_carry_no_noise() -> None:
         assert any("without neuron noise: most of it" in note for note in result.notes) is not noised
 
 
+@pytest.mark.parametrize(("norm", "lr"), [(nn.BatchNorm2d(8), 0.05), (nn.GroupNorm(2, 8), 0.02), (nn.Identity(), 0.02)])
+def test_models_without_batch_norm_take_a_smaller_learning_rate(norm: nn.Module, lr: float) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    by_default, given, other = (remove(net, labelled(), layer="0", epochs=2, **o).model for o in ({}, {"lr": lr}, {"lr": 0.03}))  # type: ignore[arg-type]
+    assert torch.equal(by_default[5].weight, given[5].weight)  # type: ignore[index]
+    assert not torch.equal(by_default[5].weight, other[5].weight)  # type: ignore[index]
+
+
 def test_what_the_noise_costs_is_part_of_the_loss() -> None:
     heard, unheard = (remove(seeded(SmallNet), labelled(), epochs=2, noise_weight=weight).model for weight in (0.5, 1e-30))
     assert not torch.allclose(heard.conv1.weight, unheard.conv1.weight, atol=1e-4)  # type: ignore[arg-type, union-attr]
