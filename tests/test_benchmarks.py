@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from benchmarks import gpu, norm_comparison
+from benchmarks import adversarial, gpu, norm_comparison
 from benchmarks.cases import Case
 from benchmarks.prefer import preferences
 from beniful_fast.attacks import BadNets
@@ -87,3 +87,27 @@ def test_the_norms_are_compared_on_any_network(monkeypatch, tmp_path):
     assert norm_comparison.prune_row(cells, "net", "real").count("|") == 8
     kept = [cell["result"]["history"] for cell in cells.all() if cell["kind"] == "prune"]
     assert len(kept) == 6 and all({"ACC", "ASR", "accuracy"} <= set(row) for history in kept for row in history)
+
+
+def test_what_leads_to_a_target_is_counted_among_the_fooled():
+    """A network that tells classes 1 and 2 by brightness and gives class 0 to whatever is very bright."""
+    net = lambda x: torch.stack([9.0 * (x.mean((1, 2, 3)) - 0.9), 0.5 - x.mean((1, 2, 3)), x.mean((1, 2, 3)) - 0.5], 1)  # noqa: E731
+    x = torch.cat([torch.full((8, 3, 4, 4), level) for level in (0.2, 0.7, 0.9, 1.0)])
+    y = torch.tensor([1] * 8 + [2] * 8 + [2] * 8 + [0] * 8)
+
+    def brighter(_net, images, labels):
+        assert 0 not in labels.tolist()  # images of the target's own class do not count
+        return images + 0.35
+
+    # 0.2 becomes class 2, 0.7 and 0.9 class 0.
+    assert adversarial.reach(net, brighter, x, y, 0) == (1.0, 2 / 3)
+    assert adversarial.reach(net, lambda net, images, labels: images, x, y, 0) == (0.0, 0.0)
+    wrong = torch.where(y == 1, 2, y)  # the network gets these wrong from the start
+    assert adversarial.reach(net, brighter, x, wrong, 0) == (1.0, 1.0)
+    made = adversarial.kinds(x)
+    assert list(made) == ["small change", "patch", "wave", "noise", "blur", "warp"]
+    for make in made.values():
+        moved = make(net, x[:8].requires_grad_(False), y[:8])
+        assert moved.shape == (8, 3, 4, 4) and float(moved.min()) >= 0.2 and float(moved.max()) <= 1.0
+    row = {"kind": "wave", "fooled": 0.5, "to_target": 0.4, "to_target_clean_net": 0.1}
+    assert adversarial.table({"a": [row], "b": [row]}).splitlines()[-1] == "| wave | 40 (10) | 40 (10) |"

@@ -100,7 +100,7 @@ class _Loss:
         if options.hold and self.recovers_from < options.epochs:
             # A model that passes no gradient to its images is refused now, not after half of the work.
             x, y = job.to_device(job.data.images[:2]), job.data.labels[:2].to(job.device)
-            fooling(job, Perturbation(job.data.images, EPS, 1, torch.Generator()), x, y)
+            fooling(job, Perturbation(job.data.images, EPS, 1, torch.Generator(), corruptions=0), x, y)
 
     def begin(self, epoch: int) -> None:
         """Called before each epoch, from 0."""

@@ -4,8 +4,8 @@ L = CE(M_e(x), y) + weight * F, where F compares pooled middle features of the s
 sources leave F's direction open.
 
 "align" has two halves. The first forgets: F pulls the features of adversarial images to the frozen model's features of the clean images
-that they were made of. Adversarial images are small changes, or patches, that give another class in the backdoored model, and the shortest
-way there is often its backdoor, so they stand in for triggered ones. Neuron noise, as in BAN, adds what no change of pixels finds. The
+that they were made of. Adversarial images are small changes, patches and random corruptions that give another class in the backdoored
+model, which often is its backdoor's, so they stand in for triggered ones. Neuron noise, as in BAN, adds what no change of pixels finds. The
 second half recovers accuracy: F and a distillation follow the frozen model on clean images, which hold no trigger. It also holds on to
 what the first half found: adversarial images, or suspicious inputs where there are any, that lost the backdoored model's class do not get
 it back. Without that some of the backdoor returns with the accuracy.
@@ -57,8 +57,8 @@ class Options(Recipe):
         adversarial: weight of their feature distance.
         noise_weight: of the cross-entropy under neuron noise beside them, see `remove(method="ban")`; a model that can carry none, or has
             little BatchNorm, goes without.
-        eps: largest change of the adversarial images' pixels, as a share of the pixel range of the clean ones. A quarter of those
-            (N, C, H, W) get a patch instead, whatever eps is.
+        eps: largest change of the adversarial images' pixels, as a share of the pixel range of the clean ones. Of those (N, C, H, W) a
+            quarter get a patch and three in ten a random corruption instead, whatever eps is.
         adversarial_steps: gradient steps to each.
         suspicious_weight: of -log(1 - p), with p the probability of the backdoored model's class on suspicious inputs that lost it (where
             there are none, on adversarial images that did); 0 leaves it out.

@@ -17,11 +17,11 @@ from .training import Job, Recipe
 def fooling(job: Job, perturb: Perturbation, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Adversarial images of the frozen model near `x` (N, C, ...), and which of them (N,) it gives another class than `y`."""
 
-    def summed(images: Tensor) -> Tensor:
+    def summed(images: Tensor, classes: Tensor) -> Tensor:
         # A mean would make the gradients of large batches vanish in half precision.
-        return job.cross_entropy(job.logits(job.frozen, images), y) * len(images)
+        return job.cross_entropy(job.logits(job.frozen, images), classes) * len(images)
 
-    changed = perturb(summed, x)
+    changed = perturb(summed, x, y)
     with torch.no_grad():
         return changed, predicted(job.logits(job.frozen, changed)) != y
 
