@@ -50,12 +50,14 @@ def reach(net: nn.Module, make: Callable[[nn.Module, Tensor, Tensor], Tensor], x
         with torch.no_grad():
             judged = (net(images).argmax(1) == labels) & (labels != target)
         images, labels = images[judged], labels[judged]
+        if not len(labels):
+            continue
         with torch.no_grad():
             classes = net(make(net, images, labels)).argmax(1)
         count += len(labels)
         fooled += int((classes != labels).sum())
         led += int((classes == target).sum())
-    return fooled / count, led / max(1, fooled)
+    return fooled / max(1, count), led / max(1, fooled)
 
 
 def judge(net: zoo.ZooNet, clean: nn.Module, x: Tensor, y: Tensor) -> list[dict[str, object]]:

@@ -102,12 +102,13 @@ def test_what_leads_to_a_target_is_counted_among_the_fooled():
     # 0.2 becomes class 2, 0.7 and 0.9 class 0.
     assert adversarial.reach(net, brighter, x, y, 0) == (1.0, 2 / 3)
     assert adversarial.reach(net, lambda net, images, labels: images, x, y, 0) == (0.0, 0.0)
+    assert adversarial.reach(net, brighter, x[-8:], y[-8:], 0) == (0.0, 0.0)  # none is of another class
     wrong = torch.where(y == 1, 2, y)  # the network gets these wrong from the start
     assert adversarial.reach(net, brighter, x, wrong, 0) == (1.0, 1.0)
     made = adversarial.kinds(x)
     assert list(made) == ["small change", "patch", "wave", "noise", "blur", "warp"]
     for make in made.values():
-        moved = make(net, x[:8].requires_grad_(False), y[:8])
-        assert moved.shape == (8, 3, 4, 4) and float(moved.min()) >= 0.2 and float(moved.max()) <= 1.0
+        moved = make(net, x[:8] + 0.1 * torch.rand(8, 3, 4, 4), y[:8])
+        assert moved.shape == (8, 3, 4, 4) and bool(moved.diff(dim=0).any()) and float(moved.min()) >= 0.2 and float(moved.max()) <= 1.0
     row = {"kind": "wave", "fooled": 0.5, "to_target": 0.4, "to_target_clean_net": 0.1}
     assert adversarial.table({"a": [row], "b": [row]}).splitlines()[-1] == "| wave | 40 (10) | 40 (10) |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,17 +18,18 @@ CORRUPTED = 0.3  # share of the images that are corrupted
 class Perturbation:
     """Changes of images, within the pixel range of the clean ones, of three kinds that reach different triggers.
 
-    Most images change a little everywhere, in an l-infinity ball, by projected gradient ascent from a random start (Madry et al. 2018,
-    arXiv 1706.06083). Some change as much as they like in a square somewhere, by the same ascent (Brown et al. 2017, arXiv 1712.09665),
-    which comes near patches. Some are corrupted by chance, without a gradient (`corruptions`), which comes near triggers over the whole
-    picture. Only images (N, C, H, W) get squares and corruptions.
+    About half of the images change a little everywhere, in an l-infinity ball, by projected gradient ascent from a random start (Madry et
+    al. 2018, arXiv 1706.06083). Some change as much as they like in a square somewhere, by the same ascent (Brown et al. 2017,
+    arXiv 1712.09665), which comes near patches. Some are corrupted by chance, without a gradient (`corruptions`), which comes near
+    triggers over the whole picture. Only images (N, C, H, W) get squares and corruptions.
 
     Args:
         images: (N, C, ...) clean images, which give each channel's range: they may be normalised.
         eps: radius of the ball, as a share of that range.
         steps: of gradient, each 2 / steps of the radius long.
         generator: of starts, squares and corruptions, on the CPU.
-        patches, corruptions: share of the images that get a square, and that are corrupted, by chance.
+        patches, corruptions: share of the images that get a square, and that are corrupted, by chance;
+            together at most 1.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class Perturbation:
         Gradients reach the images alone.
         """
         low, high = self.low.to(x), self.high.to(x)
-        kind = self._uniform(len(x)) if x.dim() == 4 else torch.ones(len(x), device="cpu")
+        kind = self._uniform(len(x)) if x.dim() == 4 else torch.full((len(x),), math.inf, device="cpu")
         by_chance, patched = kind < self.corruptions, (self.corruptions <= kind) & (kind < self.corruptions + self.patches)
+        if int((~by_chance).sum()) == 1:
+            by_chance[:2] = False  # a model may squeeze a batch of one away
         changed = x.clone()
         if by_chance.any():
             rows = by_chance.to(x.device)

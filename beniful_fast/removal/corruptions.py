@@ -1,6 +1,6 @@
-"""Random corruptions of images: many set off a backdoor whose trigger they only resemble (a table stands in docs/decisions.md).
+"""Random corruptions of images, which set off many a backdoor that they only resemble (a table stands in docs/decisions.md).
 
-Noise does so to blended pictures, blur and warps to warps, waves to sinusoids and warps, while gradients lead to nearer classes. Each
+Noise does so to blended pictures, blur and warps to warps, waves to sinusoids and warps; to the last two gradients do not lead. Each
 function takes images (N, C, H, W), the width of each channel's pixel range (1, C, 1, 1) in the same floating-point dtype, and a CPU
 generator, and draws a strength for each image. Results may leave the range.
 """
@@ -37,7 +37,7 @@ def noise(x: Tensor, span: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def blur(x: Tensor, span: Tensor, generator: torch.Generator) -> Tensor:
-    """A Gaussian blur, edges repeated."""
+    """A Gaussian blur, cut off at two deviations of the widest, edges repeated."""
     n, channels, height, width = x.shape
     side = min(height, width)
     radius = math.ceil(2 * BLUR[1] * side)
@@ -50,13 +50,14 @@ def blur(x: Tensor, span: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def warp(x: Tensor, span: Tensor, generator: torch.Generator) -> Tensor:
-    """A smooth displacement, edges repeated."""
+    """A smooth displacement through random knots, as WaNet's (arXiv 2102.10369) but another for each image, edges repeated; in float32."""
     n, _, height, width = x.shape
     drawn = 2 * torch.rand(n, 2, KNOTS, KNOTS, generator=generator, dtype=torch.float32, device="cpu").to(x.device) - 1
     # Coordinates run from -1 to 1, so a share of the side counts twice.
     shift = F.interpolate(2 * _strength(x, SHIFT, generator) * drawn, (height, width), mode="bicubic", align_corners=True)
-    start = F.affine_grid(torch.eye(2, 3, dtype=torch.float32, device=x.device).expand(n, 2, 3), [*x.shape], align_corners=False)
-    moved = F.grid_sample(x.float(), start + shift.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    down, across = ((2 * torch.arange(k, dtype=torch.float32, device=x.device) + 1) / k - 1 for k in (height, width))
+    places = torch.stack(torch.meshgrid(across, down, indexing="xy"), -1) + shift.permute(0, 2, 3, 1)
+    moved = F.grid_sample(x.float(), places, padding_mode="border", align_corners=False)
     return moved.to(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Adversarial images: inside their ball or square and the pixel range, and worse for the model than any random change."""
+"""Adversarial images: inside their ball or square and the pixel range, as bad for a linear model as can be, in the shares asked for."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_patches_are_squares_anywhere_that_know_no_bound() -> None:
 
 
 def test_corruptions_patches_and_small_changes_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    clean = images(400, size=16) * 0.5 + 0.25
-    net, labels, asked = seeded(SmallNet).eval(), torch.arange(400) % 4, []
+    clean = images(4000, size=8) * 0.5 + 0.25
+    net, labels, asked = seeded(SmallNet).eval(), torch.arange(4000) % 4, []
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         asked.append((len(x), y))
@@ -79,12 +79,12 @@ def test_corruptions_patches_and_small_changes_share_a_batch(monkeypatch: pytest
     top = clean.amax((0, 2, 3), keepdim=True)
     corrupted = (moved == top).all(3).all(2).all(1)  # held in the range
     patches = ((moved - clean).abs().amax((1, 2, 3)) > 0.0101) & ~corrupted
-    assert 90 < int(corrupted.sum()) < 150 and 70 < int(patches.sum()) < 130
+    assert abs(int(corrupted.sum()) - 4000 * adversarial.CORRUPTED) < 100 and abs(int(patches.sum()) - 4000 * adversarial.PATCHES) < 100
     # Corruptions cost no gradient, and what does is asked about with its own classes.
-    assert [n for n, _ in asked] == [400 - int(corrupted.sum())] * 2 and torch.equal(asked[0][1], labels[~corrupted])
+    assert [n for n, _ in asked] == [4000 - int(corrupted.sum())] * 2 and torch.equal(asked[0][1], labels[~corrupted])
 
 
-def test_a_batch_may_be_all_corrupted_or_not_at_all() -> None:
+def test_a_batch_may_be_all_corrupted_or_empty() -> None:
     clean = images(6, size=16)
     only = Perturbation(clean, 0.01, 2, torch.Generator().manual_seed(0), corruptions=1.0)(no_loss, clean, zeros(6))
     assert bool((only != clean).flatten(1).any(1).all())
@@ -93,10 +93,24 @@ def test_a_batch_may_be_all_corrupted_or_not_at_all() -> None:
         assert empty.shape == (0, 3, 16, 16)
 
 
+def test_no_model_gets_a_single_image_of_a_batch() -> None:
+    """One that squeezes its output would lose the batch's dimension."""
+    clean, sizes = images(3, size=8), set()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        sizes.add((len(x), len(y)))
+        return x.sum()
+
+    make = Perturbation(clean, 0.1, 1, torch.Generator().manual_seed(0), corruptions=0.7)
+    for _ in range(50):
+        make(loss, clean, zeros(3))
+    assert sizes == {(2, 2), (3, 3)}
+
+
 def test_vectors_change_a_little_whatever_the_default_device() -> None:
     vectors, labels = torch.rand(6, 5), zeros(6)
     with torch.device("meta"):
-        moved = Perturbation(vectors, 0.1, 1, torch.Generator(device="cpu"))(lambda x, y: x.sum(), vectors, labels)
+        moved = Perturbation(vectors, 0.1, 1, torch.Generator(device="cpu"), patches=1.0)(lambda x, y: x.sum(), vectors, labels)
     torch.testing.assert_close(moved, (vectors + 0.1 * (vectors.amax(0) - vectors.amin(0))).clamp(max=vectors.amax(0)))
 
 
