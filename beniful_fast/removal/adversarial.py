@@ -28,8 +28,7 @@ class Perturbation:
         eps: radius of the ball, as a share of that range.
         steps: of gradient, each 2 / steps of the radius long.
         generator: of starts, squares and corruptions, on the CPU.
-        patches, corruptions: share of the images that get a square, and that are corrupted, by chance;
-            together at most 1.
+        patches, corruptions: shares of the images that get a square, and that are corrupted, by chance; together at most 1.
     """
 
     def __init__(

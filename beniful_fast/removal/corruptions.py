@@ -1,6 +1,6 @@
 """Random corruptions of images, which set off many a backdoor that they only resemble (a table stands in docs/decisions.md).
 
-Noise does so to blended pictures, blur and warps to warps, waves to sinusoids and warps; to the last two gradients do not lead. Each
+Noise does so to blended pictures, blur and warps to warps, waves to sinusoids and warps; gradients do not lead to these two. Each
 function takes images (N, C, H, W), the width of each channel's pixel range (1, C, 1, 1) in the same floating-point dtype, and a CPU
 generator, and draws a strength for each image. Results may leave the range.
 """
